@@ -1,0 +1,1 @@
+"""The control runtime: small models whose logits shift those of large ones."""

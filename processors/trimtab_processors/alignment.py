@@ -1,0 +1,144 @@
+"""Alignment: the tokens that a target generates, as the tokens of a control's context.
+
+Mode `retokenize`, as in the reference implementation of cross-model control: a generated token whose bytes are a
+control token is appended as that token; after any other token the generated text is tokenized anew. After every
+step the control's text is the target's text, but for an incomplete UTF-8 sequence at its end, which waits.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+
+from trimtab_mappings import ByteEncoder, MappingTable, Vocabulary
+
+class Aligner:
+    """What the alignments of one target to one control share."""
+
+    def __init__(self, target: Vocabulary, encoder: ByteEncoder, table: MappingTable) -> None:
+        table.check(target, encoder.vocabulary)
+        self.target = target
+        self.encoder = encoder
+        self.mapping: list[int] = table.mapping.tolist()
+        self.exact: list[bool] = table.exact.tolist()
+
+    def text(self, tokens: Iterable[int]) -> bytes:
+        """The text of target tokens; specials, and ids past the vocabulary, have none."""
+        return b"".join(self.target.tokens[token] for token in tokens if token < len(self.target.tokens))
+
+    def prompt_text(self, tokens: Sequence[int]) -> str:
+        """The text of a target's prompt, without the space that its tokenizer puts before every text."""
+        text = self.text(tokens).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.target.dummy_prefix else text
+
+
+class Alignment:
+    """The control's context of one request: its prompt, then what the target generated.
+
+    The text between two special tokens is a run; a run is tokenized by itself.
+    """
+
+    def __init__(self, aligner: Aligner, prompt: Sequence[int]) -> None:
+        self._aligner = aligner
+        self.tokens = list(prompt)
+        """The context, in control tokens."""
+        self.realignments = 0
+        """How often the text was tokenized anew."""
+        self._run = bytearray()
+        self._run_start = len(self.tokens)
+        self._settled = 0
+        """Bytes of the run that were tokenized as text; the rest of it came in exact tokens."""
+        self._exact: list[int] = []
+        """The control tokens of the run's bytes past `_settled` that are not in `tokens` yet."""
+        self._stale = False
+        """Whether run[:settled] has yet to be tokenized."""
+
+    @property
+    def waiting(self) -> int:
+        """How many bytes of an incomplete UTF-8 sequence wait at the end for the rest of it."""
+        return incomplete_tail(self._run) if self._settled == len(self._run) else 0
+
+    def extend(self, generated: Iterable[int]) -> int:
+        """Take in target tokens, and bring `tokens` up to date.
+
+        Returns:
+            How many tokens at the start of the context are as they were.
+        """
+        kept = len(self.tokens)
+        for token in generated:
+            if token >= len(self._aligner.mapping):
+                continue
+            if token in self._aligner.target.special:
+                kept = min(kept, self._end_run(token))
+            else:
+                self._append(token)
+        return min(kept, self._settle())
+
+    def _append(self, token: int) -> None:
+        waiting = self.waiting
+        self._run += self._aligner.target.tokens[token]
+        if self._aligner.exact[token] and not waiting:
+            self._exact.append(self._aligner.mapping[token])
+        else:
+            self._settled, self._stale = len(self._run), True
+            self._exact.clear()
+
+    def _end_run(self, special: int) -> int:
+        """Close the run before a special token, whose counterpart (if it has one) is appended."""
+        kept = self._settle(final=True)
+        if (counterpart := self._aligner.mapping[special]) >= 0:
+            self.tokens.append(counterpart)
+        self._run.clear()
+        self._run_start, self._settled = len(self.tokens), 0
+        return kept
+
+    def _settle(self, *, final: bool = False) -> int:
+        """Write the run's tokens into the context; a final run waits for nothing."""
+        kept = len(self.tokens)
+        if self._stale or (final and self.waiting):
+            kept = self._retokenize(final=final)
+        self.tokens += self._exact
+        self._exact.clear()
+        return kept
+
+    def _retokenize(self, *, final: bool) -> int:
+        fresh, _ = self._aligner.encoder.encode(bytes(self._run[: self._settled]), final=final)
+        kept = self._run_start + common_prefix(self.tokens[self._run_start :], fresh)
+        self.tokens[kept:] = fresh[kept - self._run_start :]
+        self.realignments += 1
+        self._stale = False
+        return kept
+
+
+def incomplete_tail(data: bytes | bytearray) -> int:
+    """How many bytes at the end of `data` begin a UTF-8 sequence without ending it: 0 to 3."""
+    for length in range(1, min(len(data), 3) + 1):
+        if data[-length] >= 0xC0:
+            return length if _is_incomplete(bytes(data[-length:])) else 0
+        if data[-length] < 0x80:
+            return 0
+    return 0
+
+
+def _is_incomplete(sequence: bytes) -> bool:
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(sequence) == ""
+    except UnicodeDecodeError:
+        return False
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many items at their starts are equal."""
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))
+
+
+def dropped_tokens(length: int, limit: int) -> int:
+    """How many tokens to leave out of a context of `length` for a window of `limit`: whole strides of half a window.
+
+    So the window moves once in `limit / 2` tokens, and only then is the context computed anew.
+    """
+    stride = max(limit // 2, 1)
+    return -(-max(length - limit, 0) // stride) * stride

@@ -1,0 +1,99 @@
+"""A control, loaded for one target: its models, its alignment and its routing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from trimtab_mappings import ByteEncoder, Vocabulary, cached_table, load_tokenizer, read_vocabulary
+
+from trimtab_processors.alignment import Aligner
+from trimtab_processors.model import CachedSequence, ControlModel
+from trimtab_processors.pack import PackError, load_pack
+from trimtab_processors.shift import PmMined, Routing
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model that is steered, as far as a control has to know it."""
+
+    name: str
+    vocabulary: Vocabulary
+    width: int
+    """The columns of its logits."""
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model of a control, and its weight in the sum."""
+
+    model: ControlModel
+    weight: float
+
+
+class Control:
+    """One control beside one target. Its parts share a vocabulary, so that their rows are summed before routing."""
+
+    def __init__(
+        self, name: str, location: str, target: Target, *, tables: Path, cache_bytes: int, neutral: bool
+    ) -> None:
+        """Load the pack at `location` and its mapping table, which is built where `tables` has none.
+
+        Raises:
+            PackError, VocabularyError: the pack can't be used; the message names it and the reason.
+        """
+        pack = load_pack(location)
+        self.name = name
+        self.strength = pack.strength
+        self._tokenizer = load_tokenizer(pack.components[0].model)
+        vocabulary = read_vocabulary(self._tokenizer, name=pack.components[0].model)
+        for component in pack.components[1:]:
+            other = read_vocabulary(load_tokenizer(component.model), name=component.model)
+            if other.fingerprint != vocabulary.fingerprint:
+                raise PackError(
+                    f"control {name!r}: {component.model!r} has another vocabulary than {vocabulary.name!r}; "
+                    "the components of a pack must share one"
+                )
+        self.parts = [
+            Part(
+                ControlModel(component.model, cache_bytes=cache_bytes // len(pack.components), device=target.device),
+                component.weight,
+            )
+            for component in pack.components
+        ]
+        encoder = ByteEncoder(self._tokenizer, vocabulary)
+        table = cached_table(target.vocabulary, encoder, tables)
+        self.aligner = Aligner(target.vocabulary, encoder, table)
+        self.routing: Routing = PmMined(table.mapping, target.width, neutral=neutral, device=target.device)
+        self.max_context = min(part.model.max_context for part in self.parts)
+        self._beginning = [*vocabulary.roles.get("bos", ()), *vocabulary.roles.get("eos", ())]
+
+    def prompt(self, target_prompt: Sequence[int], own: Sequence[int] | None) -> list[int]:
+        """The control's prompt: `own` where a client has rendered it, else the text of the target's prompt.
+
+        Never empty where the vocabulary has a bos or an eos. Ids that the control does not have are not taken.
+        """
+        if own is None or any(token >= self.vocab_size for token in own):
+            own = self._tokenizer(self.aligner.prompt_text(target_prompt)).input_ids
+        return list(own) or self._beginning[:1]
+
+    @property
+    def vocab_size(self) -> int:
+        return min(part.model.vocab_size for part in self.parts)
+
+    def keeps_first(self, tokens: Sequence[int]) -> bool:
+        """Whether the first token stays when the context outgrows the window."""
+        return tokens[:1] == self._beginning[:1]
+
+    def row(self, sequences: Sequence[CachedSequence]) -> Tensor:
+        """float32 [vocabulary]: the weighted sum of the parts' rows."""
+        weighted = [
+            part.weight * sequence.row[: self.vocab_size]
+            for part, sequence in zip(self.parts, sequences, strict=True)
+            if sequence.row is not None
+        ]
+        return torch.stack(weighted).sum(dim=0)

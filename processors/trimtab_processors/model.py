@@ -1,0 +1,184 @@
+"""A control model: loaded from Hugging Face format, run on sequences that share one block pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from trimtab_processors.attention import NAME, Group, KeyValues, Step
+from trimtab_processors.cache import BLOCK_SIZE, BlockPool, blocks_for
+from trimtab_processors.pack import PackError
+
+DEFAULT_MAX_CONTEXT = 2048
+
+
+@dataclass(eq=False)
+class CachedSequence:
+    """One context of one control model: its tokens, and the blocks that hold what was computed of them."""
+
+    tokens: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    cached: int = 0
+    """Keys and values of tokens[:cached] stand in the blocks."""
+    row: Tensor | None = None
+    """float32 [vocabulary]: the logits after the last token, where `needs_row` is false."""
+    _computed: int | None = None
+    """The length of the context that `row` belongs to."""
+
+    def change(self, tokens: list[int], kept: int) -> int:
+        """Make `tokens` the context, of which the first `kept` are as they were.
+
+        Returns:
+            How many computed tokens are lost.
+        """
+        if kept == len(tokens) == self._computed:
+            return 0
+        lost = max(0, self.cached - kept)
+        # The last token is computed even where it is cached: its row is wanted.
+        self.cached = min(self.cached, kept, max(len(tokens) - 1, 0))
+        self.tokens, self._computed = tokens, None
+        return lost
+
+    def complete(self, row: Tensor) -> None:
+        """Take `row`, float32 [vocabulary], as the logits after the last token."""
+        self.row = row
+        self.cached = self._computed = len(self.tokens)
+
+    @property
+    def needs_row(self) -> bool:
+        return self._computed is None and bool(self.tokens)
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.tokens) - self.cached
+
+
+class ControlModel:
+    """A small causal language model whose sequences join and leave its batch at any step."""
+
+    def __init__(
+        self, location: str, *, cache_bytes: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Load the model at `location`, a directory or a hub id, safetensors only and without remote code.
+
+        Raises:
+            PackError: the model can't be loaded or run; the message names it and why.
+        """
+        self.location = location
+        self.device = device
+        try:
+            self._model = AutoModelForCausalLM.from_pretrained(
+                location, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation=NAME
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise PackError(f"control model {location!r} can't be loaded: {error}") from error
+        self._model.to(device).eval().requires_grad_(False)
+        config = self._model.config.get_text_config()
+        self.max_context = int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_CONTEXT)
+        self.vocab_size = int(config.vocab_size)
+        self._owners: dict[CachedSequence, None] = {}
+        """The sequences that hold blocks, the one that has not run for longest first."""
+        self._make_pool(cache_bytes)
+
+    def _make_pool(self, cache_bytes: int) -> None:
+        """Make a pool of `cache_bytes`, or of one whole context where that is more."""
+        self._cache, self.pool = KeyValues(BLOCK_SIZE), BlockPool(1)
+        try:
+            probe = CachedSequence(tokens=[0])
+            self.run([probe])
+            self.release(probe)
+        except (TypeError, NotImplementedError, RuntimeError) as error:
+            raise PackError(f"control model {self.location!r} can't be run: {error}") from error
+        blocks = max(cache_bytes // max(self._cache.bytes, 1), blocks_for(self.max_context))
+        self._cache, self.pool = KeyValues(blocks * BLOCK_SIZE), BlockPool(blocks)
+
+    @torch.inference_mode()
+    def run(self, sequences: Sequence[CachedSequence]) -> None:
+        """Compute the row of each of `sequences`, in one ragged batch where the pool has room for all of them.
+
+        A sequence has at least one token and at most `max_context`.
+        """
+        for wave in self._waves(sequences):
+            step, tokens, positions, last = self._layout(wave)
+            logits = self._model(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=last,
+                trimtab_step=step,
+            ).logits[0]
+            for sequence, row in zip(wave, logits.float(), strict=True):
+                sequence.complete(row)
+
+    def release(self, sequence: CachedSequence) -> None:
+        """Give the sequence's blocks back; what it cached is lost."""
+        self.pool.give(sequence.blocks)
+        sequence.blocks, sequence.cached = [], 0
+        self._owners.pop(sequence, None)
+
+    def _waves(self, sequences: Sequence[CachedSequence]) -> Iterator[list[CachedSequence]]:
+        """Split a step into batches that fit into the pool. Short ones first: one batch for all that decode."""
+        waiting = sorted(sequences, key=lambda sequence: sequence.new_tokens, reverse=True)
+        while waiting:
+            wave: list[CachedSequence] = []
+            while waiting and self._reserve(waiting[-1], wave):
+                wave.append(waiting.pop())
+            yield wave
+
+    def _reserve(self, sequence: CachedSequence, wave: list[CachedSequence]) -> bool:
+        """Give `sequence` the blocks for its tokens, taken from the longest idle where none are free.
+
+        Returns:
+            False where only the sequences of `wave` hold blocks; never for an empty wave, since the pool has room
+            for one whole context.
+        """
+        count = blocks_for(len(sequence.tokens))
+        self.pool.give(sequence.blocks[count:])
+        del sequence.blocks[count:]
+        missing = count - len(sequence.blocks)
+        busy = {*wave, sequence}
+        idle = (owner for owner in list(self._owners) if owner not in busy)
+        while self.pool.free < missing:
+            if (victim := next(idle, None)) is None:
+                return False
+            self.release(victim)
+        sequence.blocks += self.pool.take(missing)
+        self._owners.pop(sequence, None)
+        self._owners[sequence] = None
+        return True
+
+    def _layout(self, wave: Sequence[CachedSequence]) -> tuple[Step, Tensor, Tensor, Tensor]:
+        """Lay a batch out flat, in the wave's order.
+
+        Returns:
+            The step, and int64 tensors: the new tokens [n], their positions [n], where each sequence ends [sequences].
+        """
+        groups, start = [], 0
+        for count, members in groupby(wave, key=lambda sequence: sequence.new_tokens):
+            groups.append(self._group(list(members), count, start))
+            start += groups[-1].index.numel()
+        tokens = [token for sequence in wave for token in sequence.tokens[sequence.cached :]]
+        positions = torch.cat([group.positions.flatten() for group in groups])
+        slots = torch.cat([group.slots.gather(1, group.positions).flatten() for group in groups])
+        last = torch.cat([group.index[:, -1] for group in groups])
+        step = Step(self._cache, slots, groups)
+        return step, torch.tensor(tokens, device=self.device), positions, last
+
+    def _group(self, members: Sequence[CachedSequence], count: int, start: int) -> Group:
+        """The group of `members`, each with `count` new tokens, that stands at `start` of the flat batch."""
+        width = max(len(sequence.blocks) for sequence in members)
+        table = [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence in members]
+        blocks = torch.tensor(table, device=self.device)
+        slots = blocks[:, :, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=self.device)
+        first = torch.tensor([sequence.cached for sequence in members], device=self.device)
+        index = torch.arange(start, start + len(members) * count, device=self.device)
+        return Group(
+            index=index.view(len(members), count),
+            positions=first[:, None] + torch.arange(count, device=self.device),
+            slots=slots.flatten(1),
+        )

@@ -1,0 +1,82 @@
+"""A pack: the directory in which a control comes, and its manifest `trimtab.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+MANIFEST = "trimtab.json"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+MAX_STRENGTH = 10.0
+
+ControlName = Annotated[str, Field(pattern=NAME_PATTERN)]
+Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)]
+
+
+class PackError(ValueError):
+    """A pack that can't be read; the message names the file and what is wrong."""
+
+
+class Component(BaseModel):
+    """One model of a pack; the pack's shift is the sum of `weight` times the logits of each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = "."
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+
+
+class Pack(BaseModel):
+    """The manifest of a control. Every field has a default, so that a bare model directory is a pack."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: ControlName = "control"
+    strength: Strength = 1.0
+    description: str = ""
+    training: dict[str, Any] = Field(default_factory=dict)
+    chat_template: str | None = None
+    components: tuple[Component, ...] = (Component(),)
+
+    @field_validator("components")
+    @classmethod
+    def _at_least_one(cls, components: tuple[Component, ...]) -> tuple[Component, ...]:
+        if not components:
+            raise ValueError("a pack needs at least one component")
+        return components
+
+    def save(self, directory: Path) -> None:
+        """Write the manifest into `directory`, where the model's own files stand."""
+        (directory / MANIFEST).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def load_pack(location: str) -> Pack:
+    """Read the pack at `location`, a directory or a hub id; without a manifest it has the defaults.
+
+    Component paths come back resolved: `.` and relative paths against the pack's directory, anything that is
+    not a directory there as a hub id.
+
+    Raises:
+        PackError: the manifest is not JSON, or a key of it is unknown or out of range.
+    """
+    directory = Path(location)
+    manifest = directory / MANIFEST
+    if not manifest.is_file():
+        return Pack(components=(Component(model=location),))
+    try:
+        pack = Pack.model_validate_json(manifest.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+        raise PackError(f"{manifest} is not a valid manifest: {faults}") from error
+    resolved = tuple(
+        component.model_copy(update={"model": _resolve(directory, component.model)})
+        for component in pack.components
+    )
+    return pack.model_copy(update={"components": resolved})
+
+
+def _resolve(directory: Path, model: str) -> str:
+    path = directory / model
+    return str(path.resolve()) if path.is_dir() else model

@@ -1,0 +1,153 @@
+"""The control runtime: requests in, shifts out, one step at a time. It knows nothing of vLLM."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trimtab_processors import metrics
+from trimtab_processors.alignment import Alignment, dropped_tokens
+from trimtab_processors.control import Control, Target
+from trimtab_processors.model import CachedSequence, ControlModel
+from trimtab_processors.parameters import Parameters
+from trimtab_processors.shift import apply_shift
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CACHE_BYTES = 256 * 2**20
+
+
+class Request:
+    """A request under control, from its first step to its last."""
+
+    def __init__(
+        self, control: Control, parameters: Parameters, prompt: Sequence[int], output: list[int], model_name: str
+    ) -> None:
+        self.control = control
+        self.strength = control.strength if parameters.strength is None else parameters.strength
+        self.sequences = [CachedSequence() for _ in control.parts]
+        self._output = output
+        self._seen = 0
+        self._alignment = Alignment(control.aligner, control.prompt(prompt, parameters.prompt))
+        self._dropped = 0
+        self._labels = (model_name, control.name)
+
+    def advance(self) -> None:
+        """Bring the control's contexts up to what the target has generated."""
+        realigned = self._alignment.realignments
+        kept = self._alignment.extend(self._output[self._seen :])
+        self._seen = len(self._output)
+        tokens, kept = self._window(self._alignment.tokens, kept)
+        lost = sum(sequence.change(tokens, kept) for sequence in self.sequences)
+        metrics.REALIGNMENTS.labels(*self._labels).inc(self._alignment.realignments - realigned)
+        metrics.ROLLED_BACK.labels(*self._labels).inc(lost)
+
+    def _window(self, tokens: list[int], kept: int) -> tuple[list[int], int]:
+        """Cut the context to the control's window; `kept` comes back in the coordinates of what is left."""
+        dropped = dropped_tokens(len(tokens), self.control.max_context)
+        if not dropped and not self._dropped:
+            return tokens, kept
+        head = int(self.control.keeps_first(tokens))
+        if dropped != self._dropped:
+            metrics.TRUNCATIONS.labels(*self._labels).inc()
+            self._dropped, kept = dropped, min(kept, head)
+        return tokens[:head] + tokens[head + dropped :], max(kept - dropped, min(kept, head))
+
+    @property
+    def row(self) -> Tensor | None:
+        """float32 [control vocabulary]; None where the control has no context at all."""
+        return self.control.row(self.sequences) if self.sequences[0].tokens else None
+
+
+class Runtime:
+    """The controls of one engine, and what they compute in a step."""
+
+    def __init__(
+        self,
+        target: Target,
+        controls: Mapping[str, str],
+        *,
+        tables: Path,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        neutral: bool = True,
+    ) -> None:
+        """Load every control of `controls`, name to pack, beside `target`.
+
+        Args:
+            target: the model that is steered.
+            controls: names and where their packs are.
+            tables: the directory of mapping tables.
+            cache_bytes: the size of each control's pool of keys and values, in bytes.
+            neutral: how unmapped tokens are shifted, see `PmMined`.
+        """
+        self._target = target
+        self._controls = {
+            name: Control(name, location, target, tables=tables, cache_bytes=cache_bytes, neutral=neutral)
+            for name, location in controls.items()
+        }
+
+    def open(self, parameters: Parameters, prompt: Sequence[int], output: list[int]) -> Request | None:
+        """Take a request up, anew or resumed with the `output` that it has already.
+
+        Args:
+            parameters: the control that it wants.
+            prompt: the target's prompt, in target tokens.
+            output: the list to which the engine appends the tokens that it generates.
+
+        Returns:
+            None where this engine has no such control: the request goes on without.
+        """
+        control = self._controls.get(parameters.control)
+        if control is None:
+            logger.error("no control %r here, a request goes on without it", parameters.control)
+            metrics.UNKNOWN.labels(self._target.name).inc()
+            return None
+        metrics.REQUESTS.labels(self._target.name, control.name).inc(not output)
+        return Request(control, parameters, prompt, output, self._target.name)
+
+    def close(self, request: Request) -> None:
+        """Give back what the request holds."""
+        for part, sequence in zip(request.control.parts, request.sequences, strict=True):
+            part.model.release(sequence)
+        self._count_blocks(request.control)
+
+    def step(self, requests: Sequence[Request]) -> None:
+        """Compute the rows that `requests` lack, each model once for all of them."""
+        started = time.perf_counter()
+        lacking: defaultdict[ControlModel, list[CachedSequence]] = defaultdict(list)
+        for request in requests:
+            request.advance()
+            for part, sequence in zip(request.control.parts, request.sequences, strict=True):
+                if sequence.needs_row:
+                    lacking[part.model].append(sequence)
+        for model, sequences in lacking.items():
+            model.run(sequences)
+        for control in {request.control for request in requests}:
+            self._count_blocks(control)
+        metrics.FORWARD_SECONDS.labels(self._target.name).inc(time.perf_counter() - started)
+
+    def apply(self, logits: Tensor, requests: Mapping[int, Request]) -> None:
+        """Shift `logits`, float [rows, width], in place; `requests` by their row."""
+        started = time.perf_counter()
+        by_control: defaultdict[Control, list[tuple[int, Request, Tensor]]] = defaultdict(list)
+        for index, request in requests.items():
+            if (row := request.row) is not None:
+                by_control[request.control].append((index, request, row))
+        for control, members in by_control.items():
+            indices, steered, rows = zip(*members, strict=True)
+            strengths = torch.tensor([request.strength for request in steered], device=logits.device)
+            shifted = apply_shift(logits, indices, control.routing.shift(torch.stack(rows)), strengths)
+            count = int(shifted.sum())
+            metrics.TOKENS.labels(self._target.name, control.name).inc(count)
+            metrics.NON_FINITE.labels(self._target.name, control.name).inc(len(members) - count)
+        metrics.APPLY_SECONDS.labels(self._target.name).inc(time.perf_counter() - started)
+
+    def _count_blocks(self, control: Control) -> None:
+        used = sum(part.model.pool.used for part in control.parts)
+        metrics.BLOCKS.labels(self._target.name, control.name).set(used)
