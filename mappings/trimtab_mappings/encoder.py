@@ -1,0 +1,168 @@
+"""The bytes of generated text in a control's tokens."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from trimtab_mappings.vocabulary import SPACE_SIGN, Vocabulary, backend_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+_Step = dict[str, Any]
+_WORD = re.compile(r"\s*\S+|\s+")
+_UNDECODABLE = re.compile("([\udc80-\udcff]+)")
+
+
+class ByteEncoder:
+    """Encodes bytes so that the bytes of the tokens, joined, are the bytes that were given.
+
+    That holds whenever the vocabulary can spell every character. No special token ever comes out (but the
+    unknown token, for what can't be spelled), and no space before the text that is not in it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
+        """Take a copy of `tokenizer`'s backend; the tokenizer itself stays as it is.
+
+        Raises:
+            VocabularyError: the tokenizer is slow, or its tokens do not join to text.
+
+        """
+        self.vocabulary = vocabulary
+        self._backend = _plain_copy(backend_of(tokenizer, vocabulary.name))
+        self._unknown = list(vocabulary.roles.get("unk", ()))[:1]
+
+    def encode(self, data: bytes) -> tuple[list[int], bytes]:
+        """Encode what has been generated so far.
+
+        Returns:
+            The token ids, and the bytes of an incomplete UTF-8 sequence at the very end, which wait
+            for the rest of it.
+
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        text = decoder.decode(data)
+        return self._encode_text(text), decoder.getstate()[0]
+
+    def encode_all(self, pieces: Sequence[bytes]) -> list[list[int]]:
+        """Encode each of `pieces` by itself, in one batch, and to its last byte: nothing waits."""
+        texts = [piece.decode("utf-8", "surrogateescape") for piece in pieces]
+        plain = [text for text in dict.fromkeys(texts) if not _UNDECODABLE.search(text)]
+        encodings = self._backend.encode_batch_fast(plain, add_special_tokens=False)
+        found = {
+            text: encoding.ids
+            for text, encoding in zip(plain, encodings, strict=True)
+            if self._joined(encoding.ids) == text.encode()
+        }
+        return [found[text] if text in found else self._encode_text(text) for text in texts]
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Encode `text`, in which bytes that are not UTF-8 stand as surrogates."""
+        ids: list[int] = []
+        for run in _UNDECODABLE.split(text):
+            if _UNDECODABLE.match(run):
+                ids += [i for byte in _bytes(run) for i in self._token_or_unknown(bytes([byte]))]
+            elif run:
+                ids += self._encode_run(run)
+        return ids
+
+    def _encode_run(self, text: str) -> list[int]:
+        ids = self._encode_natively(text)
+        if self._joined(ids) == text.encode():
+            return ids
+        return [token_id for word in _WORD.findall(text) for token_id in self._encode_word(word)]
+
+    def _encode_word(self, word: str) -> list[int]:
+        ids = self._encode_natively(word)
+        data = word.encode()
+        return ids if self._joined(ids) == data else self._spell(data)
+
+    def _encode_natively(self, text: str) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _joined(self, ids: Iterable[int]) -> bytes:
+        tokens = self.vocabulary.tokens
+        return b"".join([tokens[i] for i in ids])
+
+    def _spell(self, data: bytes) -> list[int]:
+        """Spell `data` from left to right, each time with the longest token that fits."""
+        return [token_id for token in self._longest(data) for token_id in self._token_or_unknown(token)]
+
+    def _longest(self, data: bytes) -> Iterator[bytes]:
+        known = self.vocabulary.ids
+        start = 0
+        while start < len(data):
+            ends = range(min(len(data), start + self._longest_token), start, -1)
+            end = next((end for end in ends if data[start:end] in known), _next_character(data, start))
+            yield data[start:end]
+            start = end
+
+    def _token_or_unknown(self, token: bytes) -> list[int]:
+        token_id = self.vocabulary.ids.get(token)
+        return self._unknown if token_id is None else [token_id]
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.vocabulary.ids), default=0)
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _next_character(data: bytes, start: int) -> int:
+    end = start + 1
+    while end < len(data) and data[end] & 0xC0 == 0x80:  # a continuation byte
+        end += 1
+    return end
+
+
+def _plain_copy(backend: Tokenizer) -> Tokenizer:
+    """Copy `backend` without the steps that add, drop or change bytes of the text."""
+    from tokenizers import Tokenizer as Backend  # noqa: PLC0415 - only where it is used
+
+    state: dict[str, Any] = json.loads(backend.to_str())
+    state |= {"post_processor": None, "truncation": None, "padding": None}
+    state["normalizer"] = state["normalizer"] and _plain_normalizer(state["normalizer"])
+    state["pre_tokenizer"] = state["pre_tokenizer"] and _plain_pre_tokenizer(state["pre_tokenizer"])
+    if "dropout" in state["model"]:
+        state["model"]["dropout"] = None
+    for token in state["added_tokens"]:
+        token |= {"lstrip": False, "rstrip": False}  # they would swallow the spaces beside the token
+    copy = Backend.from_str(json.dumps(state))
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _plain_normalizer(step: _Step) -> _Step | None:
+    """Keep what spells the same text another way: ` ` as `▁`, bytes as characters."""
+    match step:
+        case {"type": "Sequence", "normalizers": steps}:
+            kept = [plain for each in steps if (plain := _plain_normalizer(each))]
+            return {"type": "Sequence", "normalizers": kept} if kept else None
+        case {"type": "ByteLevel"} | {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
+            return step
+        case _:
+            return None
+
+
+def _plain_pre_tokenizer(step: _Step) -> _Step:
+    match step:
+        case {"type": "Sequence", "pretokenizers": steps}:
+            signed = any(SPACE_SIGN in str(each) for each in steps)  # then spaces must reach that step
+            kept = [each for each in steps if not (signed and each["type"] == "WhitespaceSplit")]
+            return {**step, "pretokenizers": [_plain_pre_tokenizer(each) for each in kept]}
+        case {"type": "Metaspace"}:
+            return {**step, "prepend_scheme": "never"}
+        case {"type": "ByteLevel"}:
+            return {**step, "add_prefix_space": False}
+        case _:
+            return step
