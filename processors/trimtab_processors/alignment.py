@@ -1,16 +1,23 @@
 """Alignment: the tokens that a target generates, as the tokens of a control's context.
 
-Mode `retokenize`, as in the reference implementation of cross-model control: a generated token whose bytes are a
-control token is appended as that token; after any other token the generated text is tokenized anew. After every
-step the control's text is the target's text, but for an incomplete UTF-8 sequence at its end, which waits.
+Mode `retokenize`, as in the reference implementation of cross-model control: a generated token whose bytes
+are a control token is appended as that token; after any other token the generated text is tokenized anew.
+After every step the control's text is the target's text, but for an incomplete UTF-8 sequence at its end,
+which waits.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from trimtab_mappings import ByteEncoder, MappingTable, Vocabulary
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from trimtab_mappings.encoder import ByteEncoder
+    from trimtab_mappings.table import MappingTable
+    from trimtab_mappings.vocabulary import Vocabulary
+
 
 class Aligner:
     """What the alignments of one target to one control share."""
@@ -63,6 +70,7 @@ class Alignment:
 
         Returns:
             How many tokens at the start of the context are as they were.
+
         """
         kept = len(self.tokens)
         for token in generated:
@@ -102,7 +110,8 @@ class Alignment:
         return kept
 
     def _retokenize(self, *, final: bool) -> int:
-        fresh, _ = self._aligner.encoder.encode(bytes(self._run[: self._settled]), final=final)
+        text, encoder = bytes(self._run[: self._settled]), self._aligner.encoder
+        fresh = encoder.encode_all([text])[0] if final else encoder.encode(text)[0]
         kept = self._run_start + common_prefix(self.tokens[self._run_start :], fresh)
         self.tokens[kept:] = fresh[kept - self._run_start :]
         self.realignments += 1
@@ -136,7 +145,8 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 def dropped_tokens(length: int, limit: int) -> int:
-    """How many tokens to leave out of a context of `length` for a window of `limit`: whole strides of half a window.
+    """How many tokens to leave out of a context of `length` for a window of `limit`: whole strides of half a
+    window.
 
     So the window moves once in `limit / 2` tokens, and only then is the context computed anew.
     """

@@ -6,14 +6,16 @@ tokens, and this module writes their keys and values into the pool and attends e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 NAME = "trimtab_ragged"
 _UNSUPPORTED = ("softcap", "s_aux", "sinks")
@@ -28,10 +30,13 @@ class Group:
     positions: Tensor
     """int64 [sequences, new]: the new tokens' positions in their contexts."""
     slots: Tensor
-    """int64 [sequences, context]: the slots of their contexts, the new tokens included; padded with any slot."""
+    """int64 [sequences, context]: the slots of their contexts, the new tokens included; padded with any
+    slot."""
 
     def mask(self, window: int | None) -> Tensor:
-        """bool [sequences, 1, new, context]; slot c of a context holds its position c, so padding is the future."""
+        """Bool [sequences, 1, new, context]; slot c of a context holds its position c, so padding is the
+        future.
+        """
         distance = self.positions[:, :, None] - torch.arange(self.slots.shape[1], device=self.slots.device)
         visible = distance >= 0
         if window is not None:
@@ -40,14 +45,18 @@ class Group:
 
 
 class KeyValues:
-    """Keys and values of every layer, one row for each slot; a layer's tensors are made when it first writes."""
+    """Keys and values of every layer, one row for each slot; a layer's tensors are made when it first
+    writes.
+    """
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The tensors [slots, heads, size] of layer `index`, shaped after the new `key` and `value` [tokens, heads, size]."""
+        """The tensors [slots, heads, size] of layer `index`, shaped after the new `key` and `value` [tokens,
+        heads, size].
+        """
         if index not in self._layers:
             self._layers[index] = (
                 key.new_zeros((self.slots, *key.shape[1:])),
@@ -88,6 +97,7 @@ def ragged_attention(
 
     Raises:
         NotImplementedError: the architecture wants a variant of attention that is not offered here.
+
     """
     if extra := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
         raise NotImplementedError(f"attention with {', '.join(extra)} is not supported in a control model")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from trimtab_mappings import ByteEncoder, Vocabulary, cached_table, load_tokenizer, read_vocabulary
+from trimtab_mappings.encoder import ByteEncoder
+from trimtab_mappings.table import cached_table
+from trimtab_mappings.vocabulary import Vocabulary, load_tokenizer, read_vocabulary
 
 from trimtab_processors.alignment import Aligner
 from trimtab_processors.model import CachedSequence, ControlModel
 from trimtab_processors.pack import PackError, load_pack
 from trimtab_processors.shift import PmMined, Routing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,9 @@ class Part:
 
 
 class Control:
-    """One control beside one target. Its parts share a vocabulary, so that their rows are summed before routing."""
+    """One control beside one target. Its parts share a vocabulary, so that their rows are summed before
+    routing.
+    """
 
     def __init__(
         self, name: str, location: str, target: Target, *, tables: Path, cache_bytes: int, neutral: bool
@@ -45,6 +52,7 @@ class Control:
 
         Raises:
             PackError, VocabularyError: the pack can't be used; the message names it and the reason.
+
         """
         pack = load_pack(location)
         self.name = name
@@ -60,7 +68,9 @@ class Control:
                 )
         self.parts = [
             Part(
-                ControlModel(component.model, cache_bytes=cache_bytes // len(pack.components), device=target.device),
+                ControlModel(
+                    component.model, cache_bytes=cache_bytes // len(pack.components), device=target.device
+                ),
                 component.weight,
             )
             for component in pack.components
@@ -75,7 +85,8 @@ class Control:
     def prompt(self, target_prompt: Sequence[int], own: Sequence[int] | None) -> list[int]:
         """The control's prompt: `own` where a client has rendered it, else the text of the target's prompt.
 
-        Never empty where the vocabulary has a bos or an eos. Ids that the control does not have are not taken.
+        Never empty where the vocabulary has a bos or an eos. Ids that the control does not have are not
+        taken.
         """
         if own is None or any(token >= self.vocab_size for token in own):
             own = self._tokenizer(self.aligner.prompt_text(target_prompt)).input_ids

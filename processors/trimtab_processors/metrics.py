@@ -15,14 +15,18 @@ REALIGNMENTS = Counter(
     "trimtab_realignments", "Times that generated text was tokenized anew for the control.", _LABELS
 )
 ROLLED_BACK = Counter(
-    "trimtab_rolled_back_tokens", "Computed tokens of a control's context that a new alignment dropped.", _LABELS
+    "trimtab_rolled_back_tokens",
+    "Computed tokens of a control's context that a new alignment dropped.",
+    _LABELS,
 )
 TRUNCATIONS = Counter(
     "trimtab_context_truncations", "Times that a control's context was cut to its window.", _LABELS
 )
 NON_FINITE = Counter("trimtab_non_finite_shifts", "Rows left alone since the shift was not finite.", _LABELS)
 UNKNOWN = Counter(
-    "trimtab_unknown_control_requests", "Requests left alone since the engine has no such control.", ("model_name",)
+    "trimtab_unknown_control_requests",
+    "Requests left alone since the engine has no such control.",
+    ("model_name",),
 )
 FORWARD_SECONDS = Counter(
     "trimtab_control_forward_seconds", "Time spent in the forward passes of controls.", ("model_name",)

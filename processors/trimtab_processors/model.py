@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM
 from trimtab_processors.attention import NAME, Group, KeyValues, Step
 from trimtab_processors.cache import BLOCK_SIZE, BlockPool, blocks_for
 from trimtab_processors.pack import PackError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 DEFAULT_MAX_CONTEXT = 2048
 
@@ -35,6 +38,7 @@ class CachedSequence:
 
         Returns:
             How many computed tokens are lost.
+
         """
         if kept == len(tokens) == self._computed:
             return 0
@@ -68,6 +72,7 @@ class ControlModel:
 
         Raises:
             PackError: the model can't be loaded or run; the message names it and why.
+
         """
         self.location = location
         self.device = device
@@ -99,7 +104,8 @@ class ControlModel:
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[CachedSequence]) -> None:
-        """Compute the row of each of `sequences`, in one ragged batch where the pool has room for all of them.
+        """Compute the row of each of `sequences`, in one ragged batch where the pool has room for all of
+        them.
 
         A sequence has at least one token and at most `max_context`.
         """
@@ -122,7 +128,9 @@ class ControlModel:
         self._owners.pop(sequence, None)
 
     def _waves(self, sequences: Sequence[CachedSequence]) -> Iterator[list[CachedSequence]]:
-        """Split a step into batches that fit into the pool. Short ones first: one batch for all that decode."""
+        """Split a step into batches that fit into the pool. Short ones first: one batch for all that
+        decode.
+        """
         waiting = sorted(sequences, key=lambda sequence: sequence.new_tokens, reverse=True)
         while waiting:
             wave: list[CachedSequence] = []
@@ -134,8 +142,9 @@ class ControlModel:
         """Give `sequence` the blocks for its tokens, taken from the longest idle where none are free.
 
         Returns:
-            False where only the sequences of `wave` hold blocks; never for an empty wave, since the pool has room
-            for one whole context.
+            False where only the sequences of `wave` hold blocks; never for an empty wave, since the pool has
+            room for one whole context.
+
         """
         count = blocks_for(len(sequence.tokens))
         self.pool.give(sequence.blocks[count:])
@@ -156,7 +165,9 @@ class ControlModel:
         """Lay a batch out flat, in the wave's order.
 
         Returns:
-            The step, and int64 tensors: the new tokens [n], their positions [n], where each sequence ends [sequences].
+            The step, and int64 tensors: the new tokens [n], their positions [n], where each sequence ends
+            [sequences].
+
         """
         groups, start = [], 0
         for count, members in groupby(wave, key=lambda sequence: sequence.new_tokens):

@@ -5,12 +5,14 @@ vLLM's front end loads this module for every server, so it imports neither torch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from trimtab_processors.pack import ControlName, Strength
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 PREFIX = "trimtab_"
 
@@ -40,6 +42,7 @@ def parse_xargs(extra_args: Mapping[str, Any] | None) -> Parameters | None:
 
     Raises:
         ParametersError: a value is out of range, of the wrong type, or a `trimtab_` key is unknown.
+
     """
     own = {k.removeprefix(PREFIX): v for k, v in (extra_args or {}).items() if k.startswith(PREFIX)}
     if not own:
@@ -55,4 +58,6 @@ def parse_xargs(extra_args: Mapping[str, Any] | None) -> Parameters | None:
 
 def to_xargs(parameters: Parameters) -> dict[str, Any]:
     """The inverse of `parse_xargs`: what the gateway writes into `vllm_xargs`."""
-    return {PREFIX + key: value for key, value in parameters.model_dump(mode="json").items() if value is not None}
+    return {
+        PREFIX + key: value for key, value in parameters.model_dump(mode="json").items() if value is not None
+    }

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,19 +14,28 @@ from trimtab_processors import metrics
 from trimtab_processors.alignment import Alignment, dropped_tokens
 from trimtab_processors.control import Control, Target
 from trimtab_processors.model import CachedSequence, ControlModel
-from trimtab_processors.parameters import Parameters
+from trimtab_processors.settings import DEFAULT_CACHE_BYTES
 from trimtab_processors.shift import apply_shift
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
-DEFAULT_CACHE_BYTES = 256 * 2**20
+    from trimtab_processors.parameters import Parameters
+
+logger = logging.getLogger(__name__)
 
 
 class Request:
     """A request under control, from its first step to its last."""
 
     def __init__(
-        self, control: Control, parameters: Parameters, prompt: Sequence[int], output: list[int], model_name: str
+        self,
+        control: Control,
+        parameters: Parameters,
+        prompt: Sequence[int],
+        output: list[int],
+        model_name: str,
     ) -> None:
         self.control = control
         self.strength = control.strength if parameters.strength is None else parameters.strength
@@ -85,6 +93,7 @@ class Runtime:
             tables: the directory of mapping tables.
             cache_bytes: the size of each control's pool of keys and values, in bytes.
             neutral: how unmapped tokens are shifted, see `PmMined`.
+
         """
         self._target = target
         self._controls = {
@@ -102,6 +111,7 @@ class Runtime:
 
         Returns:
             None where this engine has no such control: the request goes on without.
+
         """
         control = self._controls.get(parameters.control)
         if control is None:

@@ -6,13 +6,16 @@ float32 [requests, target vocabulary].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
 
 class Routing(Protocol):
@@ -26,13 +29,19 @@ class Routing(Protocol):
 class PmMined:
     """The shift of a target token is that of the one control token that a mapping table names.
 
-    A control's logits carry an arbitrary constant, which training cannot see. So a token without a counterpart gets
-    the mean of the shift over the mapped tokens, which leaves it where it was relative to them; 0, as in the
-    reference implementation of cross-model control, would boost or suppress it by that constant.
+    A control's logits carry an arbitrary constant, which training cannot see. So a token without a
+    counterpart gets the mean of the shift over the mapped tokens, which leaves it where it was relative to
+    them; 0, as in the reference implementation of cross-model control, would boost or suppress it by that
+    constant.
     """
 
     def __init__(
-        self, mapping: NDArray[np.int32], width: int, *, neutral: bool = True, device: torch.device | None = None
+        self,
+        mapping: NDArray[np.int32],
+        width: int,
+        *,
+        neutral: bool = True,
+        device: torch.device | None = None,
     ) -> None:
         """Prepare the routing for logits of `width` columns.
 
@@ -41,6 +50,7 @@ class PmMined:
             width: the columns of the target's logits.
             neutral: unmapped tokens get the mean shift; else 0, to reproduce the reference.
             device: where rows and logits live.
+
         """
         routed = torch.full((width,), -1, dtype=torch.int64)
         routed[: len(mapping)] = torch.from_numpy(mapping[:width].astype(np.int64))
@@ -51,7 +61,11 @@ class PmMined:
 
     def shift(self, rows: Tensor) -> Tensor:
         mapped = rows[:, self._mapped]
-        rest = mapped.mean(dim=1, keepdim=True) if self._neutral and mapped.shape[1] else rows.new_zeros(len(rows), 1)
+        rest = (
+            mapped.mean(dim=1, keepdim=True)
+            if self._neutral and mapped.shape[1]
+            else rows.new_zeros(len(rows), 1)
+        )
         return rest.expand(-1, self.width).index_copy(1, self._where, mapped)
 
 
@@ -62,6 +76,7 @@ def apply_shift(logits: Tensor, rows: Sequence[int], shift: Tensor, strengths: T
 
     Returns:
         bool [requests]: which rows were shifted.
+
     """
     finite = shift.isfinite().all(dim=1)
     scaled = torch.where(finite[:, None], shift * strengths[:, None], 0.0)

@@ -1,104 +1,27 @@
 """The plugin for vLLM's V1 model runner: a thin adapter in front of the runtime.
 
 Start any vLLM server with `--logits-processors trimtab_processors.vllm_v1:ControlProcessor` and
-`--additional-config '{"trimtab": {"controls": {"NAME": "PACK"}}}'`; a request then says `trimtab_control` in its
-`vllm_xargs`.
+`--additional-config '{"trimtab": {"controls": {"NAME": "PACK"}}}'`; a request then says `trimtab_control` in
+its `vllm_xargs`.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from transformers import AutoConfig
+from trimtab_mappings.vocabulary import load_vocabulary
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from trimtab_mappings import load_vocabulary
 from trimtab_processors.control import Target
-from trimtab_processors.pack import ControlName, load_pack
-from trimtab_processors.parameters import Parameters, ParametersError, parse_xargs
-from trimtab_processors.runtime import DEFAULT_CACHE_BYTES, Request, Runtime
+from trimtab_processors.parameters import ParametersError, parse_xargs
+from trimtab_processors.runtime import Request, Runtime
+from trimtab_processors.settings import command_line_settings, read_settings, validate
 
 if TYPE_CHECKING:
+    import torch
     from vllm import SamplingParams
     from vllm.config import VllmConfig
-
-KEY = "trimtab"
-DEFAULT_TABLES = Path("~/.cache/trimtab/tables")
-
-
-class PluginSettings(BaseModel):
-    """What `--additional-config` says under `trimtab`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    controls: dict[ControlName, str] = Field(default_factory=dict)
-    """Names, and where their packs are: a directory or a hub id."""
-    tables: Path = DEFAULT_TABLES
-    """Where mapping tables are kept."""
-    cache_bytes: Annotated[int, Field(gt=0)] = DEFAULT_CACHE_BYTES
-    """The keys and values of each control, in bytes."""
-    neutral: bool = True
-    """Unmapped tokens get the mean shift; false: none, as in the reference implementation."""
-
-
-def read_settings(additional_config: Any) -> PluginSettings:
-    """Read the plugin's part of vLLM's additional configuration.
-
-    Raises:
-        ValueError: a key is unknown or wrong; the message names it.
-    """
-    own = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
-    try:
-        return PluginSettings.model_validate(own)
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, (KEY, *e['loc'])))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"--additional-config: {faults}") from error
-
-
-@cache
-def command_line_settings() -> PluginSettings | None:
-    """The settings on this process's command line.
-
-    vLLM gives its front end, where requests are validated, no way to the configuration of the engine.
-
-    Returns:
-        None where the process was not started with `--additional-config`, as in offline use.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--additional-config", "--additional_config", type=json.loads)
-    known, _ = parser.parse_known_args(sys.argv[1:])
-    return None if known.additional_config is None else read_settings(known.additional_config)
-
-
-@cache
-def control_vocab_size(location: str) -> int:
-    """The least vocabulary of the models of the pack at `location`."""
-    configs = (AutoConfig.from_pretrained(part.model) for part in load_pack(location).components)
-    return min(int(config.get_text_config().vocab_size) for config in configs)
-
-
-def validate(parameters: Parameters, settings: PluginSettings) -> None:
-    """Hold a request's parameters against the controls that there are.
-
-    Raises:
-        ParametersError: the control is unknown, or its prompt has a token that it does not.
-    """
-    location = settings.controls.get(parameters.control)
-    if location is None:
-        known = ", ".join(sorted(settings.controls)) or "none"
-        raise ParametersError(f"trimtab_control: no control {parameters.control!r} here, there is: {known}")
-    if parameters.prompt and (highest := max(parameters.prompt)) >= control_vocab_size(location):
-        raise ParametersError(
-            f"trimtab_prompt: token {highest} is not below the {control_vocab_size(location)} of {parameters.control!r}"
-        )
 
 
 class ControlProcessor(LogitsProcessor):
@@ -110,6 +33,7 @@ class ControlProcessor(LogitsProcessor):
 
         Raises:
             VLLMValidationError: which vLLM answers with 400.
+
         """
         try:
             parameters = parse_xargs(sampling_params.extra_args)
@@ -123,11 +47,12 @@ class ControlProcessor(LogitsProcessor):
 
         Raises:
             ValueError: the configuration is wrong, or the engine schedules asynchronously.
+
         """
         if vllm_config.scheduler_config.async_scheduling:
             raise ValueError(
-                "trimtab reads each sampled token on the host, which asynchronous scheduling does not give it: "
-                "start vLLM with --no-async-scheduling"
+                "trimtab reads each sampled token on the host, which asynchronous scheduling does not"
+                " give it: start vLLM with --no-async-scheduling"
             )
         settings = read_settings(vllm_config.additional_config)
         model = vllm_config.model_config
@@ -144,7 +69,9 @@ class ControlProcessor(LogitsProcessor):
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow the batch, then compute the rows of this step; the output lists already end in the last tokens."""
+        """Follow the batch, then compute the rows of this step; the output lists already end in the last
+        tokens.
+        """
         if batch_update:
             for index in batch_update.removed:
                 self._close(index)

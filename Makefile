@@ -1,0 +1,47 @@
+# Two commands: `make demo` sets up and runs the main job, `make test` sets up and passes the tests.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# uv reads find-links from its own variable only.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+
+.PHONY: setup demo test check format lock clean
+
+setup: $(READY)
+
+# The lock file holds every package, so nothing is resolved; torch's CPU build comes from the index that pip is
+# set up with or, failing that, from PyTorch's own.
+$(READY): pyproject.toml requirements/cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements/cpu.txt || \
+	  $(BIN)/uv pip install --python $(BIN)/python --no-deps --torch-backend cpu -r requirements/cpu.txt
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup
+	$(BIN)/trimtab demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Pin anew what pyproject.toml asks for. The CUDA lock must not see the CPU build of torch.
+lock: setup
+	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --override requirements/overrides.txt \
+	  --no-emit-index-url --no-annotate --no-header -o requirements/cpu.txt
+	UV_FIND_LINKS= $(BIN)/uv pip compile pyproject.toml --extra cuda --python-platform x86_64-manylinux_2_28 \
+	  --no-emit-index-url --no-annotate --no-header -o requirements/cuda.txt
+
+clean:
+	rm -rf $(VENV) .trimtab .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,95 @@
+"""What the plugin is told: by vLLM's configuration when it starts, and held against it by each request.
+
+vLLM's front end loads this module for every server, so it imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trimtab_processors.pack import ControlName, load_pack
+from trimtab_processors.parameters import Parameters, ParametersError
+
+KEY = "trimtab"
+DEFAULT_TABLES = Path("~/.cache/trimtab/tables")
+DEFAULT_CACHE_BYTES = 256 * 2**20
+
+
+class PluginSettings(BaseModel):
+    """What `--additional-config` says under `trimtab`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    controls: dict[ControlName, str] = Field(default_factory=dict)
+    """Names, and where their packs are: a directory or a hub id."""
+    tables: Path = DEFAULT_TABLES
+    """Where mapping tables are kept."""
+    cache_bytes: Annotated[int, Field(gt=0)] = DEFAULT_CACHE_BYTES
+    """The keys and values of each control, in bytes."""
+    neutral: bool = True
+    """Unmapped tokens get the mean shift; false: none, as in the reference implementation."""
+
+
+def read_settings(additional_config: Any) -> PluginSettings:
+    """Read the plugin's part of vLLM's additional configuration.
+
+    Raises:
+        ValueError: a key is unknown or wrong; the message names it.
+
+    """
+    own = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
+    try:
+        return PluginSettings.model_validate(own)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, (KEY, *e['loc'])))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"--additional-config: {faults}") from error
+
+
+@cache
+def command_line_settings() -> PluginSettings | None:
+    """The settings on this process's command line.
+
+    vLLM gives its front end, where requests are validated, no way to the configuration of the engine.
+
+    Returns:
+        None where the process was not started with `--additional-config`, as in offline use.
+
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--additional-config", "--additional_config", type=json.loads)
+    known, _ = parser.parse_known_args(sys.argv[1:])
+    return None if known.additional_config is None else read_settings(known.additional_config)
+
+
+@cache
+def control_vocab_size(location: str) -> int:
+    """The least vocabulary of the models of the pack at `location`."""
+    from transformers import AutoConfig  # noqa: PLC0415 - heavy: only where it is used
+
+    configs = (AutoConfig.from_pretrained(part.model) for part in load_pack(location).components)
+    return min(int(config.get_text_config().vocab_size) for config in configs)
+
+
+def validate(parameters: Parameters, settings: PluginSettings) -> None:
+    """Hold a request's parameters against the controls that there are.
+
+    Raises:
+        ParametersError: the control is unknown, or its prompt has a token that it does not.
+
+    """
+    location = settings.controls.get(parameters.control)
+    if location is None:
+        known = ", ".join(sorted(settings.controls)) or "none"
+        raise ParametersError(f"trimtab_control: no control {parameters.control!r} here, there is: {known}")
+    if parameters.prompt and (highest := max(parameters.prompt)) >= control_vocab_size(location):
+        raise ParametersError(
+            f"trimtab_prompt: token {highest} is not below the {control_vocab_size(location)}"
+            f" of {parameters.control!r}"
+        )

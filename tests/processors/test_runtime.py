@@ -1,0 +1,76 @@
+"""The runtime beside plain transformers targets, held against the slow reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import Model, Reference
+from tiny import Family, sentences
+from trimtab_mappings.vocabulary import load_vocabulary
+from trimtab_processors.control import Target
+from trimtab_processors.parameters import Parameters
+from trimtab_processors.runtime import Request, Runtime
+
+TOKENS = 40
+
+
+class Engine:
+    """A stand-in for an inference engine: requests join and leave, a step gives every one of them a token."""
+
+    def __init__(self, directory, runtime) -> None:
+        self.model = Model(directory)
+        self.runtime = runtime
+        self.running: dict[int, tuple[list[int], list[int], Request | None]] = {}
+
+    def add(self, key, prompt, parameters, output=None):
+        output = [] if output is None else output
+        request = self.runtime.open(parameters, prompt, output) if parameters else None
+        self.running[key] = (prompt, output, request)
+        return output
+
+    def remove(self, key):
+        _, _, request = self.running.pop(key)
+        if request:
+            self.runtime.close(request)
+
+    def step(self):
+        steered = [request for _, _, request in self.running.values() if request]
+        self.runtime.step(steered)
+        logits = torch.stack([self.model.logits(p + o) for p, o, _ in self.running.values()])
+        self.runtime.apply(logits, {i: r for i, (_, _, r) in enumerate(self.running.values()) if r})
+        for (_, output, _), token in zip(self.running.values(), logits.argmax(dim=1).tolist(), strict=True):
+            output.append(token)
+
+
+def make_runtime(family: Family, name: str, tables, **options) -> Runtime:
+    model = Model(family.targets[name])
+    target = Target(
+        name, load_vocabulary(str(family.targets[name])), model.network.config.vocab_size, torch.device("cpu")
+    )
+    return Runtime(target, {"control": str(family.control)}, tables=tables, **options)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_requests_that_join_and_leave_get_the_tokens_of_the_reference(family, tmp_path, name):
+    """Every token of a changing batch is the one that the slow reference would choose."""
+    engine = Engine(family.targets[name], make_runtime(family, name, tmp_path, cache_bytes=1))
+    reference = Reference(engine.model, Model(family.control))
+    prompts = [engine.model.tokenizer.encode(text) for text in sentences(6, seed=7)]
+    strengths = [0.5, 1.0, 1.5, None, -1.0, 1.0]
+    outputs = {}
+    for key, (prompt, strength) in enumerate(zip(prompts, strengths, strict=True)):
+        parameters = None if strength is None else Parameters(control="control", strength=strength)
+        outputs[key] = engine.add(key, prompt, parameters)
+        for _ in range(5):
+            engine.step()
+    engine.remove(0)
+    engine.remove(3)
+    while len(outputs[5]) < TOKENS:
+        engine.step()
+    for key, output in outputs.items():
+        text = engine.runtime._controls["control"].aligner.prompt_text(prompts[key])
+        own = reference.control.tokenizer.encode(text)
+        steps = list(reference.steps(prompts[key], own, strengths[key] or 0, output))
+        assert [s.token for s in steps if s.gap > 1e-4] == [
+            t for t, s in zip(output, steps, strict=True) if s.gap > 1e-4
+        ]
