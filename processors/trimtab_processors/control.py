@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
 from trimtab_mappings.encoder import ByteEncoder
 from trimtab_mappings.table import cached_table
 from trimtab_mappings.vocabulary import Vocabulary, load_tokenizer, read_vocabulary
-
 from trimtab_processors.alignment import Aligner
 from trimtab_processors.model import CachedSequence, ControlModel
 from trimtab_processors.pack import PackError, load_pack

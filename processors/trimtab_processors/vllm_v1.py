@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trimtab_mappings.vocabulary import load_vocabulary
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
+from trimtab_mappings.vocabulary import load_vocabulary
 from trimtab_processors.control import Target
 from trimtab_processors.parameters import ParametersError, parse_xargs
 from trimtab_processors.runtime import Request, Runtime

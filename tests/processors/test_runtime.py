@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from reference import Model, Reference
 from tiny import Family, sentences
 from trimtab_mappings.vocabulary import load_vocabulary

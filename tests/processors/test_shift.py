@@ -1,0 +1,74 @@
+"""The mathematics of control."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from trimtab_processors.shift import PmMined, apply_shift
+
+MAPPING = np.array([2, 0, -1, 1], dtype=np.int32)
+ROW = torch.tensor([[1.0, 2.0, 6.0]])
+
+
+def test_a_mapped_token_gets_the_shift_of_its_counterpart_and_an_unmapped_one_the_mean():
+    """Columns past the mapping, the padding of a model's vocabulary, count as unmapped."""
+    assert PmMined(MAPPING, width=5).shift(ROW).tolist() == [[6.0, 1.0, 3.0, 2.0, 3.0]]
+
+
+def test_the_compatibility_mode_gives_an_unmapped_token_nothing():
+    """As the reference implementation does."""
+    assert PmMined(MAPPING, width=5, neutral=False).shift(ROW).tolist() == [[6.0, 1.0, 0.0, 2.0, 0.0]]
+
+
+def test_a_logits_row_narrower_than_the_vocabulary_cuts_the_mapping():
+    """A tokenizer may know more tokens than the model has logits."""
+    assert PmMined(MAPPING, width=2).shift(ROW).tolist() == [[6.0, 1.0]]
+
+
+def test_nothing_mapped_shifts_nothing():
+    """The mean of no shift is 0, not NaN."""
+    assert PmMined(np.array([-1, -1], dtype=np.int32), width=2).shift(ROW).tolist() == [[0.0, 0.0]]
+
+
+def test_the_arbitrary_constant_of_a_shift_does_not_show():
+    """Training cannot see a constant on the control's logits; neither can the controlled distribution."""
+    logits, routing = torch.randn(1, 5), PmMined(MAPPING, width=5)
+    near, far = ((logits + 1.5 * routing.shift(ROW + constant)).softmax(dim=1) for constant in (0.0, -10.0))
+    torch.testing.assert_close(near, far)
+
+
+def test_the_objectives_of_training_are_one_distribution_at_inference():
+    """log_softmax on either side subtracts one number from the row where every token is mapped."""
+    base, delta = torch.randn(2, 3), torch.randn(2, 3)
+    routing = PmMined(np.array([1, 2, 0], dtype=np.int32), width=3)
+    add = (base + routing.shift(delta)).softmax(dim=1)
+    torch.testing.assert_close((base.log_softmax(dim=1) + routing.shift(delta)).softmax(dim=1), add)
+    normalized = base.log_softmax(dim=1) + routing.shift(delta.log_softmax(dim=1))
+    torch.testing.assert_close(normalized.softmax(dim=1), add)
+
+
+def test_each_row_gets_its_own_strength_and_the_others_none():
+    """Rows of the batch that are not under control stay to the bit."""
+    logits = torch.randn(4, 2)
+    before = logits.clone()
+    apply_shift(logits, [3, 1], torch.tensor([[1.0, 2.0], [4.0, 8.0]]), torch.tensor([0.5, -1.0]))
+    torch.testing.assert_close(logits - before, torch.tensor([[0, 0], [-4.0, -8.0], [0, 0], [0.5, 1.0]]))
+    assert torch.equal(logits[[0, 2]], before[[0, 2]])
+
+
+def test_a_masked_token_stays_masked():
+    """Adding to -inf leaves -inf, so that structured output stays valid."""
+    logits = torch.tensor([[-torch.inf, 0.0]])
+    apply_shift(logits, [0], torch.tensor([[1e30, 1.0]]), torch.tensor([10.0]))
+    assert logits.tolist() == [[-torch.inf, 10.0]]
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_a_shift_that_is_not_finite_leaves_its_row_alone(broken):
+    """One broken control costs nobody their request."""
+    logits = torch.ones(2, 2)
+    done = apply_shift(logits, [0, 1], torch.tensor([[broken, 1.0], [1.0, 1.0]]), torch.ones(2))
+    assert done.tolist() == [False, True]
+    assert logits.tolist() == [[1.0, 1.0], [2.0, 2.0]]
