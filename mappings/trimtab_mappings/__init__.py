@@ -1,6 +1,6 @@
 """Mapping tables: which token of a control model's vocabulary stands for each token of a target's."""
 
-from trimtab_mappings.encoder import ByteEncoder
+from trimtab_mappings.encoder import ByteEncoder, load_encoder
 from trimtab_mappings.pm_mined import match
 from trimtab_mappings.table import Coverage, MappingTable, TableError, build_table, cached_table
 from trimtab_mappings.vocabulary import (
@@ -22,6 +22,7 @@ __all__ = [
     "VocabularyError",
     "build_table",
     "cached_table",
+    "load_encoder",
     "load_tokenizer",
     "load_vocabulary",
     "match",

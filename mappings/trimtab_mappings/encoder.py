@@ -8,7 +8,13 @@ import re
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from trimtab_mappings.vocabulary import SPACE_SIGN, Vocabulary, backend_of
+from trimtab_mappings.vocabulary import (
+    SPACE_SIGN,
+    Vocabulary,
+    backend_of,
+    load_tokenizer,
+    read_vocabulary,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -112,6 +118,17 @@ class ByteEncoder:
     @cached_property
     def _longest_token(self) -> int:
         return max(map(len, self.vocabulary.ids), default=0)
+
+
+def load_encoder(path_or_id: str) -> ByteEncoder:
+    """The encoder of the control in a directory or of a hub id.
+
+    Raises:
+        VocabularyError: the tokenizer can't be loaded, or not be read as bytes.
+
+    """
+    tokenizer = load_tokenizer(path_or_id)
+    return ByteEncoder(tokenizer, read_vocabulary(tokenizer, path_or_id))
 
 
 def _bytes(text: str) -> bytes:

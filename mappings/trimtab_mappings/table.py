@@ -98,7 +98,7 @@ class MappingTable:
                 tensors = {key: file.get_tensor(key) for key in _TENSORS}
         except (OSError, SafetensorError) as error:
             raise _refusal(path, f"can't be read: {error}") from error
-        for fault in _faults(tensors):
+        if fault := _fault(tensors):
             raise _refusal(path, fault)
         return cls(**tensors, **{key: metadata[key] for key in _TEXTS}, source=path)
 
@@ -176,23 +176,22 @@ def _refusal(path: Path | None, fault: str, target: str = "TARGET", control: str
 
 
 def _check_metadata(path: Path, metadata: dict[str, str]) -> None:
-    if metadata.get("format") != FORMAT or not all(key in metadata for key in _TEXTS):
-        raise _refusal(
-            path, f"is not a mapping table (its format is {metadata.get('format', 'not given')!r})"
-        )
-    if metadata.get("version") != VERSION:
-        raise _refusal(
-            path, f"has version {metadata.get('version')!r}, this program reads version {VERSION!r}"
-        )
+    if metadata.get("format") != FORMAT or not metadata.keys() >= {"version", *_TEXTS}:
+        raise _refusal(path, "is not a mapping table: its metadata is of another kind")
+    if (version := metadata["version"]) != VERSION:
+        fault = f"has version {version!r}, this program reads version {VERSION!r}"
+        raise _refusal(path, fault, metadata["target_name"], metadata["control_name"])
 
 
-def _faults(tensors: dict[str, NDArray[np.generic]]) -> Iterator[str]:
+def _fault(tensors: dict[str, NDArray[np.generic]]) -> str | None:
     for key, dtype in _TENSORS.items():
-        if tensors[key].dtype != dtype or tensors[key].ndim != 1:
-            yield f"{key} is {tensors[key].dtype} {tensors[key].shape}, expected one row of {np.dtype(dtype)}"
-            return
-    rows, offsets = len(tensors["mapping"]), tensors["segment_offsets"].astype(np.int64)
-    if len(tensors["exact"]) != rows or len(offsets) != rows + 1:
-        yield f"mapping has {rows} rows, exact {len(tensors['exact'])}, segment_offsets {len(offsets)}"
-    elif offsets[0] != 0 or offsets[-1] != len(tensors["segment_ids"]) or (np.diff(offsets) < 0).any():
-        yield "segment_offsets do not partition segment_ids"
+        tensor = tensors[key]
+        if tensor.dtype != dtype or tensor.ndim != 1:
+            return f"{key} is {tensor.dtype} {tensor.shape}, expected one row of {np.dtype(dtype)}"
+    rows, exact_rows, offsets = len(tensors["mapping"]), len(tensors["exact"]), tensors["segment_offsets"]
+    if exact_rows != rows or len(offsets) != rows + 1:
+        return f"mapping has {rows} rows, exact {exact_rows}, segment_offsets {len(offsets)}"
+    ends = [0, *offsets.tolist(), len(tensors["segment_ids"])]
+    if offsets[0] != 0 or ends[-2] != ends[-1] or ends != sorted(ends):
+        return "segment_offsets do not partition segment_ids"
+    return None

@@ -76,7 +76,8 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer  # noqa: PLC0415 - heavy: only where it is used
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id, use_fast=True, trust_remote_code=False)
+        # beside a tekken.json transformers would choose Mistral's own tokenizer, which is no fast one
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False, mistral_format=False)
     except (OSError, ValueError) as error:
         raise VocabularyError(f"no tokenizer can be loaded from {path_or_id!r}: {error}") from error
     backend_of(tokenizer, path_or_id)
@@ -175,7 +176,7 @@ def _token_bytes(
     tokens: list[bytes] = list(info.decoded_vocab)
     if info.vocab_type.name == "RAW" and _spells_space_with_sign(backend):
         tokens = [token.replace(SPACE_SIGN.encode(), b" ") for token in tokens]
-    model_ids = backend.get_vocab(with_added_tokens=False).values()
+    model_ids = {*backend.get_vocab(with_added_tokens=False).values()}
     for token_id, token in tokenizer.added_tokens_decoder.items():
         if token_id not in model_ids:  # an added token stands for what it is matched against
             tokens[token_id] = token.content.encode()

@@ -70,7 +70,6 @@ class Alignment:
 
         Returns:
             How many tokens at the start of the context are as they were.
-
         """
         kept = len(self.tokens)
         for token in generated:

@@ -97,7 +97,6 @@ def ragged_attention(
 
     Raises:
         NotImplementedError: the architecture wants a variant of attention that is not offered here.
-
     """
     if extra := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
         raise NotImplementedError(f"attention with {', '.join(extra)} is not supported in a control model")

@@ -52,7 +52,6 @@ class Control:
 
         Raises:
             PackError, VocabularyError: the pack can't be used; the message names it and the reason.
-
         """
         pack = load_pack(location)
         self.name = name

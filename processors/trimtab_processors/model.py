@@ -38,7 +38,6 @@ class CachedSequence:
 
         Returns:
             How many computed tokens are lost.
-
         """
         if kept == len(tokens) == self._computed:
             return 0
@@ -72,7 +71,6 @@ class ControlModel:
 
         Raises:
             PackError: the model can't be loaded or run; the message names it and why.
-
         """
         self.location = location
         self.device = device
@@ -144,7 +142,6 @@ class ControlModel:
         Returns:
             False where only the sequences of `wave` hold blocks; never for an empty wave, since the pool has
             room for one whole context.
-
         """
         count = blocks_for(len(sequence.tokens))
         self.pool.give(sequence.blocks[count:])
@@ -167,7 +164,6 @@ class ControlModel:
         Returns:
             The step, and int64 tensors: the new tokens [n], their positions [n], where each sequence ends
             [sequences].
-
         """
         groups, start = [], 0
         for count, members in groupby(wave, key=lambda sequence: sequence.new_tokens):

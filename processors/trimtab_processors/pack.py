@@ -60,7 +60,6 @@ def load_pack(location: str) -> Pack:
 
     Raises:
         PackError: the manifest is not JSON, or a key of it is unknown or out of range.
-
     """
     directory = Path(location)
     manifest = directory / MANIFEST

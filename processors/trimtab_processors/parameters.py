@@ -42,7 +42,6 @@ def parse_xargs(extra_args: Mapping[str, Any] | None) -> Parameters | None:
 
     Raises:
         ParametersError: a value is out of range, of the wrong type, or a `trimtab_` key is unknown.
-
     """
     own = {k.removeprefix(PREFIX): v for k, v in (extra_args or {}).items() if k.startswith(PREFIX)}
     if not own:

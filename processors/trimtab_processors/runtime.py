@@ -93,7 +93,6 @@ class Runtime:
             tables: the directory of mapping tables.
             cache_bytes: the size of each control's pool of keys and values, in bytes.
             neutral: how unmapped tokens are shifted, see `PmMined`.
-
         """
         self._target = target
         self._controls = {
@@ -111,7 +110,6 @@ class Runtime:
 
         Returns:
             None where this engine has no such control: the request goes on without.
-
         """
         control = self._controls.get(parameters.control)
         if control is None:

@@ -42,7 +42,6 @@ def read_settings(additional_config: Any) -> PluginSettings:
 
     Raises:
         ValueError: a key is unknown or wrong; the message names it.
-
     """
     own = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
     try:
@@ -60,7 +59,6 @@ def command_line_settings() -> PluginSettings | None:
 
     Returns:
         None where the process was not started with `--additional-config`, as in offline use.
-
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--additional-config", "--additional_config", type=json.loads)
@@ -82,7 +80,6 @@ def validate(parameters: Parameters, settings: PluginSettings) -> None:
 
     Raises:
         ParametersError: the control is unknown, or its prompt has a token that it does not.
-
     """
     location = settings.controls.get(parameters.control)
     if location is None:

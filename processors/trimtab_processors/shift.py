@@ -50,7 +50,6 @@ class PmMined:
             width: the columns of the target's logits.
             neutral: unmapped tokens get the mean shift; else 0, to reproduce the reference.
             device: where rows and logits live.
-
         """
         routed = torch.full((width,), -1, dtype=torch.int64)
         routed[: len(mapping)] = torch.from_numpy(mapping[:width].astype(np.int64))
@@ -76,7 +75,6 @@ def apply_shift(logits: Tensor, rows: Sequence[int], shift: Tensor, strengths: T
 
     Returns:
         bool [requests]: which rows were shifted.
-
     """
     finite = shift.isfinite().all(dim=1)
     scaled = torch.where(finite[:, None], shift * strengths[:, None], 0.0)

@@ -33,7 +33,6 @@ class ControlProcessor(LogitsProcessor):
 
         Raises:
             VLLMValidationError: which vLLM answers with 400.
-
         """
         try:
             parameters = parse_xargs(sampling_params.extra_args)
@@ -47,7 +46,6 @@ class ControlProcessor(LogitsProcessor):
 
         Raises:
             ValueError: the configuration is wrong, or the engine schedules asynchronously.
-
         """
         if vllm_config.scheduler_config.async_scheduling:
             raise ValueError(
