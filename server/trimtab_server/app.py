@@ -1,0 +1,39 @@
+"""The gateway as an ASGI application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from trimtab_server.controls import Catalogue
+from trimtab_server.errors import ApiError, on_api_error, on_disconnect, on_fault, on_http_exception
+from trimtab_server.exchange import Observe
+from trimtab_server.metrics import Metrics
+from trimtab_server.routes import Gateway, open_routes, routes
+from trimtab_server.settings import Settings
+from trimtab_server.workers import Workers
+
+
+def create_app(settings: Settings, catalogue: Catalogue, workers: Workers, metrics: Metrics) -> FastAPI:
+    """The application; `workers` run for as long as it does."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with workers:
+            yield
+
+    # The paths of the documentation are the worker's, like every other one that is not the gateway's own.
+    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app.state.gateway = Gateway(settings, catalogue, workers, metrics)
+    app.add_middleware(Observe, metrics=metrics)
+    app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(ClientDisconnect, on_disconnect)
+    app.add_exception_handler(Exception, on_fault)
+    app.include_router(open_routes)
+    app.include_router(routes)
+    return app

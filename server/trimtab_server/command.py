@@ -1,0 +1,73 @@
+"""How a worker is started: vLLM's command line and environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trimtab_server.settings import API_KEYS_VARIABLE, CONTROL_PROCESSOR, ModelSettings, Settings
+
+VLLM = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+_DEFAULT_FLAGS: Mapping[str, Any] = {
+    # Clients see the distribution that they were sampled from.
+    "logprobs-mode": "processed_logprobs",
+    # The gateway has a log line of its own for each request.
+    "disable-uvicorn-access-log": True,
+}
+_CONTROL_FLAGS: Mapping[str, Any] = {
+    # The plugin reads each sampled token before the next step.
+    "async-scheduling": False,
+}
+_DEFAULT_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+PRIVATE_VLLM_KEY = "VLLM_API_KEY"
+_PRIVATE_VARIABLES = (API_KEYS_VARIABLE, PRIVATE_VLLM_KEY)
+
+
+def worker_command(settings: Settings, name: str, socket: Path) -> list[str]:
+    """The command line of the worker that serves the model `name` on the unix socket `socket`."""
+    model = settings.models[name]
+    controls = settings.controls_of(name)
+    processors = _processors(model, controls)
+    defaults = {**_DEFAULT_FLAGS, **(_CONTROL_FLAGS if CONTROL_PROCESSOR in processors else {})}
+    command = [*(model.command or VLLM), *_flags({**defaults, **model.args})]
+    # Last, since the last of two equal flags wins, whatever abbreviation the first one is written in.
+    command += ["--model", model.model, "--served-model-name", name, "--uds", str(socket)]
+    if processors:
+        command += ["--logits-processors", *processors]
+    if CONTROL_PROCESSOR in processors:
+        plugin = {"trimtab": {"controls": controls, "tables": str(settings.tables)}}
+        command += ["--additional-config", json.dumps(plugin)]
+    return command
+
+
+def worker_environment(model: ModelSettings, directory: Path) -> dict[str, str]:
+    """The environment of a worker whose own files stand in `directory`."""
+    inherited = {key: value for key, value in os.environ.items() if key not in _PRIVATE_VARIABLES}
+    own = {"PROMETHEUS_MULTIPROC_DIR": str(directory / "metrics"), "VLLM_RPC_BASE_PATH": str(directory)}
+    return {**inherited, **_DEFAULT_ENVIRONMENT, **model.env, **own}
+
+
+def _processors(model: ModelSettings, controls: Mapping[str, str]) -> list[str]:
+    """The model's processors; ours only where it has something to do."""
+    return [name for name in model.processors if controls or name != CONTROL_PROCESSOR]
+
+
+def _flags(args: Mapping[str, Any]) -> Iterator[str]:
+    for flag, value in args.items():
+        match value:
+            case True:
+                yield f"--{flag}"
+            case False:
+                yield f"--no-{flag}"
+            case list():
+                yield from (f"--{flag}", *map(_text, value))
+            case _:
+                yield f"--{flag}={_text(value)}"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

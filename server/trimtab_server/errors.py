@@ -1,0 +1,110 @@
+"""What goes wrong, as the error objects of the OpenAI API."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+CLIENT_CLOSED_REQUEST = 499
+"""Not a status of HTTP's: what logs and metrics say of a client that went away before its answer."""
+RETRY_AFTER_SECONDS = 5
+
+
+class ApiError(Exception):
+    """An error that the client is told of; `param` and `code` as in the OpenAI API."""
+
+    status: int = HTTPStatus.INTERNAL_SERVER_ERROR
+    kind: str = "server_error"
+    code: str | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code or self.code
+
+    def body(self) -> dict[str, Any]:
+        """The error object."""
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+
+
+class BadRequestError(ApiError):
+    status = HTTPStatus.BAD_REQUEST
+    kind = "invalid_request_error"
+
+
+class UnauthorizedError(ApiError):
+    status = HTTPStatus.UNAUTHORIZED
+    kind = "authentication_error"
+    code = "invalid_api_key"
+    headers = (("WWW-Authenticate", "Bearer"),)
+
+
+class UnknownModelError(BadRequestError):
+    status = HTTPStatus.NOT_FOUND
+    code = "model_not_found"
+
+
+class BodyTooLargeError(BadRequestError):
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    code = "body_too_large"
+
+
+class UnsupportedMediaTypeError(BadRequestError):
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    code = "unsupported_media_type"
+
+
+class WorkerUnavailableError(ApiError):
+    """The model's worker does not listen: it is starting, restarting, or has failed."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "model_not_ready"
+    headers = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
+
+
+class WorkerFailedError(ApiError):
+    """The model's worker took the request and broke off."""
+
+    status = HTTPStatus.BAD_GATEWAY
+    code = "worker_failed"
+
+
+class WorkerTimeoutError(ApiError):
+    """The model's worker took the request and fell silent."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+    code = "worker_timeout"
+
+
+async def on_api_error(_: Request, error: Exception) -> Response:
+    """Answer an `ApiError`."""
+    if not isinstance(error, ApiError):
+        raise error
+    return JSONResponse(error.body(), error.status, headers=dict(error.headers))
+
+
+async def on_http_exception(_: Request, error: Exception) -> Response:
+    """Answer the framework's own errors in the same shape."""
+    if not isinstance(error, HTTPException):
+        raise error
+    kind = "invalid_request_error" if error.status_code < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+    body = {"error": {"message": error.detail, "type": kind, "param": None, "code": None}}
+    return JSONResponse(body, error.status_code, headers=error.headers)
+
+
+async def on_disconnect(_: Request, error: Exception) -> Response:
+    """Give a request whose client went away a status for the log; nobody reads the answer."""
+    if not isinstance(error, ClientDisconnect):
+        raise error
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def on_fault(_: Request, __: Exception) -> Response:
+    """Answer what nobody foresaw, without a word of its insides; the log has the traceback."""
+    return JSONResponse(ApiError("The gateway failed; its log has the details.").body(), ApiError.status)

@@ -1,0 +1,78 @@
+"""A control's own prompt: the messages in its chat template and its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trimtab_mappings.vocabulary import load_tokenizer
+from trimtab_server.errors import BadRequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from trimtab_processors.pack import Pack
+
+
+class Prompter:
+    """Renders and tokenizes chats for one control; safe to call from several threads."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        # The backend itself: the wrapper's own call changes its truncation, which threads must not share.
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+
+    def encode(self, body: Mapping[str, Any]) -> list[int]:
+        """The prompt of a chat request, as the control's token ids.
+
+        Raises:
+            BadRequestError: `messages` is no list of objects, or the template refuses them.
+        """
+        messages = _messages(body.get("messages"))
+        continues = bool(body.get("continue_final_message"))
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=bool(body.get("add_generation_prompt", not continues)),
+                continue_final_message=continues,
+            )
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # a template is data, and fails in any way it likes
+            message = f"The control's chat template can't render these messages: {error}"
+            raise BadRequestError(message, param="messages") from error
+
+
+def load_prompter(pack: Pack) -> Prompter | None:
+    """The prompter of a pack, with its first component's tokenizer; None where there is no chat template.
+
+    Raises:
+        trimtab_mappings.vocabulary.VocabularyError: there is no tokenizer to load.
+    """
+    tokenizer = load_tokenizer(pack.components[0].model)
+    if pack.chat_template is None and tokenizer.chat_template is None:
+        return None
+    return Prompter(tokenizer, pack.chat_template)
+
+
+def _messages(messages: Any) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise BadRequestError("messages is a list of objects", param="messages")
+    return [{**message, "content": _text(message.get("content"))} for message in messages]
+
+
+def _text(content: str | Sequence[Any] | None) -> str:
+    """The text of a message; of a list of parts the texts, a line each as in vLLM, without the images."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = [part if isinstance(part, str) else _part(part) for part in content]
+    return "\n".join(text for text in texts if text is not None)
+
+
+def _part(part: Any) -> str | None:
+    text = part.get("text") if isinstance(part, dict) else None
+    return text if isinstance(text, str) else None

@@ -1,0 +1,111 @@
+"""Passing a request on to a worker, and its answer back as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from trimtab_server.errors import CLIENT_CLOSED_REQUEST, ApiError
+from trimtab_server.exchange import Exchange, exchange_of
+from trimtab_server.upstream import Answer, Call
+from trimtab_server.workers import Worker
+
+Result = TypeVar("Result")
+HeaderPairs = Iterable[tuple[bytes, bytes]]
+
+
+def call_of(request: Request, body: bytes) -> Call:
+    """The request as a worker is to get it."""
+    target = request.scope["raw_path"].decode("latin-1")
+    if query := request.scope["query_string"].decode("latin-1"):
+        target += f"?{query}"
+    return Call(request.method, target, request.headers.raw, body)
+
+
+async def relay(request: Request, worker: Worker, body: bytes, extra_headers: HeaderPairs = ()) -> Response:
+    """Send the request on to `worker`. A client that goes away closes the worker's connection at once.
+
+    Raises:
+        WorkerUnavailableError, WorkerFailedError, WorkerTimeoutError: the worker gave no whole answer.
+        ClientDisconnect: the client went away before the answer began.
+    """
+    upstream = worker.require_ready()
+    exchange = exchange_of(request)
+    call = call_of(request, body)
+    return await _unless_disconnected(
+        request, _answer(upstream.send(call, exchange.request_id), exchange, extra_headers)
+    )
+
+
+async def _answer(
+    sending: Coroutine[Any, Any, Answer], exchange: Exchange, extra_headers: HeaderPairs
+) -> Response:
+    answer = await sending
+    if not answer.has_length:
+        return _Relayed(answer, exchange, extra_headers)
+    try:
+        content = await answer.read()
+    finally:
+        answer.close()
+    response = Response(content, answer.status)
+    response.raw_headers = [*answer.headers, *extra_headers]
+    return response
+
+
+class _Relayed(StreamingResponse):
+    """An answer whose length nobody knows, on its way through."""
+
+    def __init__(self, answer: Answer, exchange: Exchange, extra_headers: HeaderPairs) -> None:
+        super().__init__(self._pieces(), answer.status)
+        self.raw_headers = [*answer.headers, *extra_headers]
+        self._answer = answer
+        self._exchange = exchange
+        self._settled = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
+            if not self._settled:
+                self._exchange.status = CLIENT_CLOSED_REQUEST
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        try:
+            async for piece in self._answer.pieces():
+                yield piece
+        except ApiError as error:
+            self._exchange.status = error.status
+            self._settled = True
+            if not self._answer.is_event_stream:
+                raise
+            # The status has been sent long ago: the stream has to say it, after whatever event was cut off.
+            yield f"\n\ndata: {json.dumps(error.body())}\n\n".encode()
+        self._settled = True
+
+
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which is cancelled when the client goes away. The body must have been read."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,91 @@
+"""Running the gateway: the application on its port, from the first signal to the last process."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import socket
+from types import FrameType
+
+import uvicorn
+
+from trimtab_server.app import create_app
+from trimtab_server.command import PRIVATE_VLLM_KEY
+from trimtab_server.controls import Catalogue, load_controls
+from trimtab_server.metrics import Metrics
+from trimtab_server.settings import Settings
+from trimtab_server.workers import Workers
+
+logger = logging.getLogger(__name__)
+
+
+class GatewayServer(uvicorn.Server):
+    """A server that ends with a status of its own, not by the signal, and never without its shutdown."""
+
+    status = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the base's signature
+        """The first signal lets requests finish, the second does not."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    def give_up(self) -> None:
+        """End with status 1: there is nothing left to serve."""
+        logger.error("no model is left, the gateway ends")
+        self.status = 1
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
+
+
+def run_gateway(settings: Settings, *, verbose: bool = False) -> int:
+    """Serve until a signal. Returns the exit status.
+
+    Raises:
+        SettingsError: a control's pack can't be read; nothing has been started.
+    """
+    _set_up_logging(settings.log_level)
+    _warn_of_open_doors(settings)
+    catalogue = Catalogue(settings, load_controls(settings))
+    metrics = Metrics()
+    workers = Workers(settings, metrics, echo=verbose)
+    config = uvicorn.Config(
+        create_app(settings, catalogue, workers, metrics),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=round(settings.timeouts.drain),
+    )
+    listener = config.bind_socket()
+    server = GatewayServer(config)
+    workers.on_all_failed = server.give_up
+    server.run(sockets=[listener])
+    return server.status
+
+
+def _set_up_logging(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Its debug level tells of every packet.
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+def _warn_of_open_doors(settings: Settings) -> None:
+    if not settings.api_keys and not _is_loopback(settings.host):
+        logger.warning(
+            "listening on %s without API keys: whoever reaches this port may use it", settings.host
+        )
+    if PRIVATE_VLLM_KEY in os.environ:
+        logger.warning("%s has no effect here: the gateway's keys are in TRIMTAB_API_KEYS", PRIVATE_VLLM_KEY)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,250 @@
+"""The configuration: one YAML file, in which every key is known and every default is written once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from trimtab_processors.pack import ControlName
+
+CONTROL_PROCESSOR = "trimtab_processors.vllm_v1:ControlProcessor"
+API_KEYS_VARIABLE = "TRIMTAB_API_KEYS"
+RESERVED_FLAGS = frozenset(
+    {
+        *("model", "served-model-name", "uds", "host", "port", "logits-processors", "additional-config"),
+        *("config", "headless", "grpc", "root-path", "api-key", "api-server-count"),
+        *("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs"),
+    }
+)
+"""Flags of vLLM that Trimtab sets itself, or that would put the worker out of its reach."""
+
+
+class SettingsError(ValueError):
+    """A configuration that can't be used; the message names the file, the place and what is allowed there."""
+
+
+def _base(info: ValidationInfo) -> Path:
+    return Path((info.context or {}).get("base", "."))
+
+
+def _local(path: Path, info: ValidationInfo) -> Path:
+    return (_base(info) / path.expanduser()).absolute()
+
+
+def _located(location: str, info: ValidationInfo) -> str:
+    path = _base(info) / Path(location).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    if location.startswith((".", "/", "~")):
+        raise ValueError(f"there is no {path}")
+    return location
+
+
+def _flag(name: str) -> str:
+    flag = name.replace("_", "-")
+    if not re.fullmatch(r"[A-Za-z][\w.+-]*", name):
+        raise ValueError(f"{name!r} is no flag of vLLM's: write its name without the leading dashes")
+    if flag.partition(".")[0] in RESERVED_FLAGS:
+        raise ValueError(f"Trimtab sets --{flag} itself, or relies on its default")
+    return flag
+
+
+def _given(value: Any) -> Any:
+    if value is None:
+        raise ValueError("the flag has no value: write true for a flag without one")
+    return value
+
+
+LocalPath = Annotated[Path, AfterValidator(_local)]
+"""A path; a relative one starts at the configuration file."""
+Location = Annotated[str, Field(min_length=1), AfterValidator(_located)]
+"""A directory, where there is one of that name; else a hub id."""
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/@-]{0,127}$")]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FlagName = Annotated[str, AfterValidator(_flag)]
+FlagValue = Annotated[bool | int | float | str | list[Any] | dict[str, Any], BeforeValidator(_given)]
+ProcessorName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*:\w+$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Timeouts(_Section):
+    """How long the gateway waits, in seconds."""
+
+    startup: Seconds = 1800
+    """For a worker to answer after its start."""
+    connect: Seconds = 10
+    """For a worker to take a connection."""
+    idle: Seconds = 3600
+    """For the next piece of a worker's answer."""
+    probe: Seconds = 5
+    """For a worker's health, models and metrics."""
+    drain: Seconds = 30
+    """For requests in flight when the gateway shuts down."""
+    stop: Seconds = 20
+    """For a worker's processes to end by themselves before they are killed."""
+
+
+class Restarts(_Section):
+    """What happens when a worker ends by itself; delays in seconds."""
+
+    attempts: Annotated[int, Field(ge=0)] = 5
+    """Restarts in a row before the worker is given up."""
+    backoff: Seconds = 1
+    """The delay before the first restart; it doubles with each."""
+    longest: Seconds = 60
+    """The longest delay."""
+    stable: Seconds = 60
+    """A worker that answered for this long starts the count anew."""
+
+
+class ModelSettings(_Section):
+    """One model that is served."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    model: Location
+    args: dict[FlagName, FlagValue] = Field(default_factory=dict)
+    """Flags for vLLM, by their own names."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the worker, beside those of the gateway."""
+    processors: tuple[ProcessorName, ...] = (CONTROL_PROCESSOR,)
+    """Logits processors, in the order in which they apply."""
+    default_control: ControlName | None = None
+    """The control of a request that names none."""
+    controls: tuple[ControlName, ...] | None = None
+    """Which controls the model offers; None: all."""
+    command: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """The program that is given vLLM's flags; None: vLLM in this Python."""
+
+
+class Settings(_Section):
+    """The whole configuration."""
+
+    models: Annotated[dict[ModelName, ModelSettings], Field(min_length=1)]
+    controls: dict[ControlName, Location] = Field(default_factory=dict)
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    api_keys_file: LocalPath | None = None
+    """One key a line; lines that begin with # are comments."""
+    timeouts: Timeouts = Timeouts()
+    restarts: Restarts = Restarts()
+    max_body_bytes: Annotated[int, Field(gt=0)] = 32 * 2**20
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    tables: LocalPath = Field(default=Path("~/.cache/trimtab/tables"), validate_default=True)
+    """Where mapping tables are kept."""
+    logs: LocalPath = Field(default=Path("~/.cache/trimtab/logs"), validate_default=True)
+    """Where the workers' output goes."""
+
+    @model_validator(mode="after")
+    def _controls_exist(self) -> Self:
+        for name, model in self.models.items():
+            _require_known(f"models.{name}.controls", model.controls or (), self.controls)
+            default = () if model.default_control is None else (model.default_control,)
+            _require_known(f"models.{name}.default_control", default, self.controls_of(name))
+        return self
+
+    def controls_of(self, model: str) -> dict[str, str]:
+        """The controls that `model` offers, and where their packs are."""
+        chosen = self.models[model].controls
+        return {n: place for n, place in self.controls.items() if chosen is None or n in chosen}
+
+    @cached_property
+    def api_keys(self) -> frozenset[str]:
+        """The keys that clients may use; empty: nobody needs one.
+
+        Raises:
+            SettingsError: the file of keys can't be read, or holds none.
+        """
+        keys = {key.strip() for key in os.environ.get(API_KEYS_VARIABLE, "").split(",")}
+        if self.api_keys_file is not None:
+            keys |= _read_keys(self.api_keys_file)
+        return frozenset(keys - {""})
+
+
+def load_settings(path: Path) -> Settings:
+    """Read the configuration at `path`.
+
+    Raises:
+        SettingsError: the file can't be read, is no YAML, or a key is unknown, missing or wrong.
+    """
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path} can't be read: {error}") from error
+    if not isinstance(data, dict):
+        raise SettingsError(f"{path} is not a mapping of settings; it needs at least `models`")
+    try:
+        return Settings.model_validate(data, context={"base": path.parent})
+    except ValidationError as error:
+        faults = "\n".join(f"  {_describe(dict(fault))}" for fault in error.errors(include_url=False))
+        raise SettingsError(f"{path} is not a valid configuration:\n{faults}") from error
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML lets the second of two equal keys win in silence; a second model of one name is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _describe(fault: Mapping[str, Any]) -> str:
+    location = fault["loc"]
+    place = ".".join(str(part) for part in location if part != "[key]")
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        return f"{place}: unknown key; allowed here: {', '.join(sorted(_section(location).model_fields))}"
+    if fault["type"] in ("missing", "value_error"):
+        return f"{place}: {message}" if place else message
+    return f"{place}: {message}, got {str(fault['input'])[:80]!r}"
+
+
+def _section(location: tuple[int | str, ...]) -> type[BaseModel]:
+    sections: dict[str, type[BaseModel]] = {
+        "timeouts": Timeouts,
+        "restarts": Restarts,
+        "models": ModelSettings,
+    }
+    return sections.get(str(location[0]), Settings) if len(location) > 1 else Settings
+
+
+def _require_known(place: str, names: tuple[str, ...], known: Mapping[str, str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{place}: no control {name!r}; there is: {', '.join(sorted(known)) or 'none'}")
+
+
+def _read_keys(path: Path) -> set[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"api_keys_file {path} can't be read: {error}") from error
+    keys = {line for line in lines if line and not line.startswith("#")}
+    if not keys:
+        raise SettingsError(f"api_keys_file {path} holds no key: write one a line, or leave the setting out")
+    return keys

@@ -1,0 +1,157 @@
+"""A server with vLLM's interface and no model, as a process of its own or inside a test.
+
+What it does on a request stands in the request's field `fake`; what it has seen, `GET /fake/seen` tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from aiohttp import web
+
+SEEN = web.AppKey("seen", dict)
+NAME = web.AppKey("name", str)
+METRICS = """\
+# HELP vllm:prompt_tokens_total Number of prefill tokens processed.
+# TYPE vllm:prompt_tokens_total counter
+vllm:prompt_tokens_total{{engine="0",model_name="{name}"}} 7.0
+# HELP http_requests_total Total number of requests by method, status and handler.
+# TYPE http_requests_total counter
+http_requests_total{{handler="/v1/completions",method="POST",status="2xx"}} 3.0
+# HELP http_request_duration_seconds Duration of HTTP requests in seconds
+# TYPE http_request_duration_seconds histogram
+http_request_duration_seconds_bucket{{handler="/x",le="0.1"}} 1.0
+http_request_duration_seconds_bucket{{handler="/x",le="+Inf"}} 2.0
+http_request_duration_seconds_count{{handler="/x"}} 2.0
+http_request_duration_seconds_sum{{handler="/x"}} 0.5
+"""
+
+
+def make_app(name: str) -> web.Application:
+    app = web.Application(client_max_size=2**30)
+    app[NAME] = name
+    app[SEEN] = {"requests": [], "aborted": 0}
+    app.router.add_get("/health", health)
+    app.router.add_get("/v1/models", models)
+    app.router.add_get("/metrics", metrics)
+    app.router.add_get("/fake/seen", seen)
+    app.router.add_post("/v1/chat/completions", generate)
+    app.router.add_post("/v1/completions", generate)
+    app.router.add_post("/v1/responses", generate)
+    app.router.add_route("*", "/{path:.*}", echo)
+    return app
+
+
+async def health(_: web.Request) -> web.Response:
+    return web.Response()
+
+
+async def models(request: web.Request) -> web.Response:
+    data = [{"id": request.app[NAME], "object": "model", "owned_by": "vllm", "max_model_len": 256}]
+    return web.json_response({"object": "list", "data": data})
+
+
+async def metrics(request: web.Request) -> web.Response:
+    return web.Response(text=METRICS.format(name=request.app[NAME]))
+
+
+async def seen(request: web.Request) -> web.Response:
+    return web.json_response(request.app[SEEN])
+
+
+async def echo(request: web.Request) -> web.Response:
+    body = await request.read()
+    answer = {
+        "method": request.method,
+        "target": request.raw_path,
+        "headers": {k.lower(): v for k, v in request.headers.items()},
+        "body": body.decode("latin-1"),
+    }
+    return web.json_response(answer, status=202, headers={"x-from-worker": request.app[NAME]})
+
+
+async def generate(request: web.Request) -> web.StreamResponse:
+    payload = await request.json()
+    request.app[SEEN]["requests"].append({"headers": dict(request.headers), "body": payload})
+    orders = payload.get("fake", {})
+    try:
+        await asyncio.sleep(orders.get("delay", 0))
+        if orders.get("die") == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if orders.get("hang_up") == "before":
+            request.transport.abort()
+        return await (_stream if payload.get("stream") else _answer)(request, payload, orders)
+    except (asyncio.CancelledError, ConnectionError):
+        request.app[SEEN]["aborted"] += 1
+        raise
+
+
+async def _answer(_: web.Request, payload: dict[str, Any], __: dict[str, Any]) -> web.Response:
+    body = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": payload.get("model"),
+        "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": "one two"}, "finish_reason": "stop"}
+        ],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
+    }
+    return web.json_response(body)
+
+
+async def _stream(
+    request: web.Request, payload: dict[str, Any], orders: dict[str, Any]
+) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
+    await response.prepare(request)
+    for i in range(orders.get("tokens", 3)):
+        delta = {"index": 0, "delta": {"content": f"t{i} "}, "finish_reason": None}
+        chunk = {
+            "id": "chatcmpl-1",
+            "object": "chat.completion.chunk",
+            "created": 0,
+            "model": payload.get("model"),
+            "choices": [delta],
+        }
+        await response.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        if orders.get("die") == "midway":
+            await asyncio.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if orders.get("hang_up") == "midway":
+            request.transport.abort()
+        await asyncio.sleep(orders.get("pause", 0))
+    await response.write(b"data: [DONE]\n\n")
+    return response
+
+
+def main() -> None:
+    """Take vLLM's flags; the environment says how to misbehave."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--uds")
+    parser.add_argument("--served-model-name")
+    parser.add_argument("--model")
+    known, _ = parser.parse_known_args()
+    print("fake server", *sys.argv[1:], flush=True)
+    if os.environ.get("FAKE_FAIL"):
+        print("no such luck", file=sys.stderr, flush=True)
+        sys.exit(3)
+    if os.environ.get("FAKE_CHILD"):
+        # As vLLM has its engine: a process that would live on without its parent, and does not listen to SIGTERM.
+        stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+        child = subprocess.Popen([sys.executable, "-c", stubborn])
+        print(f"child {child.pid}", flush=True)
+    time.sleep(float(os.environ.get("FAKE_START_SECONDS", "0")))
+    web.run_app(make_app(known.served_model_name), path=known.uds, print=None, handler_cancellation=True)
+
+
+if __name__ == "__main__":
+    main()
