@@ -39,7 +39,6 @@ class ByteEncoder:
 
         Raises:
             VocabularyError: the tokenizer is slow, or its tokens do not join to text.
-
         """
         self.vocabulary = vocabulary
         self._backend = _plain_copy(backend_of(tokenizer, vocabulary.name))
@@ -51,7 +50,6 @@ class ByteEncoder:
         Returns:
             The token ids, and the bytes of an incomplete UTF-8 sequence at the very end, which wait
             for the rest of it.
-
         """
         decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         text = decoder.decode(data)
@@ -125,7 +123,6 @@ def load_encoder(path_or_id: str) -> ByteEncoder:
 
     Raises:
         VocabularyError: the tokenizer can't be loaded, or not be read as bytes.
-
     """
     tokenizer = load_tokenizer(path_or_id)
     return ByteEncoder(tokenizer, read_vocabulary(tokenizer, path_or_id))

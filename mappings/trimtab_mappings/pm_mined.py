@@ -44,7 +44,6 @@ def match(
     Returns:
         mapping: int32 [V_target], control ids, -1 where nothing fits.
         exact: bool [V_target], whether the two tokens have the same bytes.
-
     """
     index = index_tokens(control, control_fallback)
     nearest = _nearest({token for token in target if token and token not in index}, index)

@@ -87,7 +87,6 @@ class MappingTable:
 
         Raises:
             TableError: there is no such file, it is truncated, not a table, or of another version.
-
         """
         from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - only where it is used
 
@@ -107,7 +106,6 @@ class MappingTable:
 
         Raises:
             TableError: a fingerprint differs.
-
         """
         sides = (
             ("target", self.target_name, self.target_fingerprint, target),

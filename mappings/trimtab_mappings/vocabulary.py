@@ -71,7 +71,6 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
 
     Raises:
         VocabularyError: there is no tokenizer, or only a slow one.
-
     """
     from transformers import AutoTokenizer  # noqa: PLC0415 - heavy: only where it is used
 
@@ -89,7 +88,6 @@ def load_vocabulary(path_or_id: str) -> Vocabulary:
 
     Raises:
         VocabularyError: the tokenizer can't be loaded, or not be read as bytes.
-
     """
     return read_vocabulary(load_tokenizer(path_or_id), path_or_id, _generation_eos(path_or_id))
 
@@ -107,7 +105,6 @@ def read_vocabulary(
 
     Raises:
         VocabularyError: the tokenizer is slow, or of a kind whose tokens do not join to text.
-
     """
     name = name or str(tokenizer.name_or_path) or type(tokenizer).__name__
     backend = backend_of(tokenizer, name)
@@ -134,7 +131,6 @@ def backend_of(tokenizer: PreTrainedTokenizerBase, name: str) -> Tokenizer:
 
     Raises:
         VocabularyError: the tokenizer is slow, or its tokens are words without the spaces between them.
-
     """
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

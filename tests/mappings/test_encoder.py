@@ -1,0 +1,192 @@
+"""The encoder's tokens join to exactly the bytes that it was given."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from trimtab_mappings import ByteEncoder, VocabularyError, load_encoder, read_vocabulary
+
+PARTS = st.sampled_from(
+    [
+        *(
+            text.encode()
+            for text in ("the cat", " ", "  ", "\n", "▁", "é", "e\u0301", "中文", "🙂", "ﬁ", "A")
+        ),
+        *(b"<s>", b"</s>", b"<unk>", b"<0x41>", b"\xff", b"\xc3", b"\xe4\xb8", b"\x80", b"\xed\xa0\x80"),
+    ]
+)
+BYTES = st.one_of(st.binary(), st.text().map(str.encode), st.lists(PARTS).map(b"".join))
+KNOWN_TEXT = st.lists(st.sampled_from([" the", "cat", " 中文", "naïve", "x", ",", "</s>"])).map("".join)
+SMILE = "🙂".encode()
+
+
+def changed(read, change):
+    """The encoder of a copy of the tokenizer, to whose backend `change` was done."""
+    backend = Tokenizer.from_str(read.tokenizer.backend_tokenizer.to_str())
+    change(backend)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **read.tokenizer.special_tokens_map)
+    return ByteEncoder(tokenizer, read_vocabulary(tokenizer))
+
+
+def spelled(encoder, data):
+    ids, waiting = encoder.encode(data)
+    return b"".join(encoder.vocabulary.tokens[i] for i in ids) + waiting
+
+
+@given(data=BYTES)
+@example(data=b"")
+def test_tokens_and_waiting_bytes_join_to_any_bytes(complete, data):
+    ids, waiting = complete.encoder.encode(data)
+    assert complete.joined(ids) + waiting == data
+    assert complete.vocabulary.special.isdisjoint(ids)
+
+
+@given(text=KNOWN_TEXT)
+def test_the_same_holds_without_bytes_for_characters_that_are_known(incomplete, text):
+    assert spelled(incomplete.encoder, text.encode()) == text.encode()
+
+
+@given(data=BYTES)
+def test_what_waits_is_an_unfinished_character_at_the_very_end(gpt2_like, data):
+    _, waiting = gpt2_like.encoder.encode(data)
+    assert len(waiting) < 4
+    if waiting:
+        with pytest.raises(UnicodeDecodeError, match="unexpected end of data"):
+            waiting.decode()
+
+
+@pytest.mark.parametrize("received", [1, 2, 3])
+def test_a_character_waits_for_its_last_byte(any_family, received):
+    ids, waiting = any_family.encoder.encode(b"cat" + SMILE[:received])
+    assert (any_family.joined(ids), waiting) == (b"cat", SMILE[:received])
+
+
+def test_a_whole_character_waits_for_nothing(any_family):
+    assert any_family.encoder.encode(SMILE)[1] == b""
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"\x80", b"\xe4A", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf5"])
+def test_bytes_that_never_are_a_character_do_not_wait(llama_like, data):
+    ids, waiting = llama_like.encoder.encode(data)
+    assert waiting == b""
+    assert llama_like.joined(ids) == data
+
+
+def test_text_is_encoded_as_the_tokenizer_itself_would(gpt2_like):
+    text = "The cat sat on the mat,  and the 中国 dog didn't.\n\n"
+    assert gpt2_like.encoder.encode(text.encode()) == (gpt2_like.tokenizer.encode(text), b"")
+
+
+def test_no_space_comes_before_the_text(any_family):
+    assert spelled(any_family.encoder, b"cat") == b"cat"
+    assert spelled(any_family.encoder, b" cat") == b" cat"
+
+
+def test_no_space_comes_before_the_text_of_a_byte_level_tokenizer_that_adds_one(gpt2_like):
+    def add_space(backend):
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+    encoder = changed(gpt2_like, add_space)
+    assert encoder.vocabulary.dummy_prefix
+    assert encoder.encode(b"cat") == gpt2_like.encoder.encode(b"cat")
+
+
+@pytest.mark.parametrize("text", ["<s>", "a</s>b", "<unk> </s>"])
+def test_special_tokens_written_in_the_text_are_plain_text(any_family, text):
+    ids, _ = any_family.encoder.encode(text.encode())
+    assert 1 not in ids
+    assert 2 not in ids
+
+
+def test_what_a_vocabulary_can_not_spell_becomes_one_unknown_token_a_character(incomplete):
+    ids, _ = incomplete.encoder.encode("cat ☃☃ the".encode())
+    assert ids.count(0) == 2
+    assert incomplete.joined(ids) == b"cat  the"
+
+
+def test_what_a_vocabulary_without_unknown_token_can_not_spell_is_left_out(incomplete):
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(incomplete.tokenizer.backend_tokenizer.to_str())
+    )
+    encoder = ByteEncoder(tokenizer, read_vocabulary(tokenizer))
+    assert spelled(encoder, "cat ☃☃ the\xff".encode()) == b"cat  the"
+
+
+def test_the_text_around_what_can_not_be_spelled_keeps_its_tokens(incomplete):
+    encode = incomplete.encoder.encode
+    snowman = encode(" ☃".encode())[0]
+    assert encode("cat ☃ the".encode())[0] == encode(b"cat")[0] + snowman + encode(b" the")[0]
+
+
+def test_steps_that_change_the_text_are_left_out(llama_like):
+    def lower_case(backend):
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Strip(), normalizers.Lowercase(), normalizers.NFKC(), backend.normalizer]
+        )
+
+    data = " The ﬁne CAT ".encode()
+    assert spelled(changed(llama_like, lower_case), data) == data
+
+
+def test_added_tokens_do_not_swallow_the_spaces_beside_them(gpt2_like):
+    def add(backend):
+        backend.add_tokens([AddedToken("<think>", lstrip=True, rstrip=True, normalized=False)])
+
+    encoder = changed(gpt2_like, add)
+    think = encoder.vocabulary.ids[b"<think>"]
+    assert spelled(encoder, b"a  <think>\n b") == b"a  <think>\n b"
+    assert think in encoder.encode(b"a  <think>\n b")[0]
+
+
+def test_merges_are_not_dropped_at_random(gpt2_like):
+    def drop(backend):
+        backend.model.dropout = 0.9
+
+    encoder = changed(gpt2_like, drop)
+    assert encoder.encode(b"hello world") == gpt2_like.encoder.encode(b"hello world")
+
+
+def test_truncation_and_padding_are_off(gpt2_like):
+    def shorten(backend):
+        backend.enable_truncation(2)
+        backend.enable_padding(length=9)
+
+    encoder = changed(gpt2_like, shorten)
+    data = b"hello world, the cat sat"
+    assert encoder.encode(data) == gpt2_like.encoder.encode(data)
+    assert encoder.encode_all([data, b"a"]) == gpt2_like.encoder.encode_all([data, b"a"])
+
+
+def test_the_tokenizer_itself_stays_as_it_is(any_family):
+    before = any_family.tokenizer.backend_tokenizer.to_str()
+    any_family.encoder.encode("The cat <s> ☃".encode())
+    assert any_family.tokenizer.backend_tokenizer.to_str() == before
+
+
+@given(pieces=st.lists(BYTES))
+def test_a_batch_is_spelled_to_its_last_byte(complete, pieces):
+    assert [complete.joined(ids) for ids in complete.encoder.encode_all(pieces)] == pieces
+
+
+@given(texts=st.lists(st.text()))
+def test_a_batch_is_encoded_as_one_by_one(any_family, texts):
+    pieces = [text.encode() for text in texts]
+    assert any_family.encoder.encode_all(pieces) == [any_family.encoder.encode(piece)[0] for piece in pieces]
+
+
+def test_an_encoder_is_loaded_from_a_directory(llama_like, tmp_path):
+    llama_like.tokenizer.save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path))
+    assert encoder.vocabulary.fingerprint == llama_like.vocabulary.fingerprint
+    assert encoder.encode(b"the cat") == llama_like.encoder.encode(b"the cat")
+
+
+def test_a_slow_tokenizer_is_refused(gpt2_like):
+    from transformers import ByT5Tokenizer
+
+    with pytest.raises(VocabularyError, match="gpt2-like: ByT5Tokenizer is not a fast tokenizer"):
+        ByteEncoder(ByT5Tokenizer(), gpt2_like.vocabulary)

@@ -1,0 +1,139 @@
+"""Tables between real vocabularies: Mistral's, and Llama's with the table of the paper's authors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from trimtab_mappings import ByteEncoder, build_table, load_encoder, read_vocabulary
+
+REAL = {
+    "v1": ("tokenizer.model.v1", "tokenizer.model"),
+    "v3": ("mistral_instruct_tokenizer_240323.model.v3", "tokenizer.model"),
+    "tekken": ("tekken_240718.json", "tekken.json"),
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The authors' table from Mistral 7B v0.1 to Llama, and Llama's vocabulary as it is spelled."""
+
+    mapping: NDArray[np.int64]
+    exact: NDArray[np.bool_]
+    llama: list[str]
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory):
+    """The real Mistral tokenizers that `mistral_common` ships."""
+    package = pytest.importorskip("mistral_common", reason="mistral_common ships the real tokenizers")
+    data = Path(package.__file__).parent / "data"
+    encoders = {}
+    for name, (source, as_name) in REAL.items():
+        directory = tmp_path_factory.mktemp(name)
+        (directory / as_name).symlink_to(data / source)
+        (directory / "config.json").write_text('{"model_type": "mistral"}')
+        encoders[name] = load_encoder(str(directory))
+    return encoders
+
+
+@pytest.fixture(scope="module")
+def reference(shared):
+    directory = shared / "reference" / "pm_mined"
+    if not directory.is_dir():
+        pytest.skip(f"the reference table is not at {directory}; TRIMTAB_SHARED says where it is")
+    names = ("mistral_v1_to_llama_id", "mistral_v1_to_llama_match", "llama_vocab")
+    mapping, exact, vocabulary = (json.loads((directory / f"{name}.json").read_text()) for name in names)
+    return Reference(np.array(mapping), np.array(exact, dtype=bool), vocabulary)
+
+
+@pytest.fixture(scope="module")
+def llama(reference):
+    """Llama's tokenizer, from its tokens alone: without merges, which the mapping does not need."""
+    vocabulary = {token: i for i, token in enumerate(reference.llama)}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    return ByteEncoder(tokenizer, read_vocabulary(tokenizer, "llama"))
+
+
+@pytest.fixture(scope="module")
+def mistral_to_llama(mistral, llama):
+    target = mistral["v1"].vocabulary
+    return target, build_table(target, llama)
+
+
+def test_the_authors_table_is_reproduced_but_for_one_row(reference, mistral_to_llama):
+    target, table = mistral_to_llama
+    theirs = reference.mapping
+    mapped = theirs >= 0
+    assert mapped.sum() == 32_000 - 1_341
+    differing = np.flatnonzero(mapped & (table.mapping != theirs))
+    # by its spelling the reference takes it for a byte token
+    assert [target.tokens[i] for i in differing] == [b"<?>"]
+
+
+def test_the_authors_exact_rows_are_reproduced_but_for_control_characters(reference, mistral_to_llama):
+    target, table = mistral_to_llama
+    theirs = reference.exact.copy()
+    theirs[list(target.special)] = False
+    differing = np.flatnonzero(theirs != table.exact)
+    only_theirs = [target.tokens[i] for i in differing if theirs[i]]
+    only_ours = [target.tokens[i] for i in differing if table.exact[i]]
+    assert only_theirs == [b"<?>"]
+    # one-byte characters, which Llama has as byte tokens only
+    assert all(len(token) == 1 for token in only_ours)
+
+
+def test_the_authors_unmapped_rows_find_a_byte_token_but_for_five(reference, mistral_to_llama, llama):
+    target, table = mistral_to_llama
+    theirs_unmapped = np.flatnonzero(reference.mapping < 0)
+    ours = table.mapping[theirs_unmapped]
+    # of these Llama has nothing but the bare space, which stands only for spaces
+    unmapped = {target.tokens[i].decode() for i in theirs_unmapped[ours < 0]}
+    assert unmapped == {" \u200b", " ©", " ±", " ↘", " م"}
+    assert {*ours[ours >= 0].tolist()} <= llama.vocabulary.byte_fallback
+
+
+@pytest.mark.parametrize("target_name", REAL)
+@pytest.mark.parametrize("control_name", REAL)
+def test_real_tables_spell_every_token_of_the_target(mistral, target_name, control_name):
+    target, control = mistral[target_name].vocabulary, mistral[control_name]
+    table = build_table(target, control)
+    segments = (table.segment(token_id) for token_id in range(len(target)))
+    spelled = [b"".join(control.vocabulary.tokens[i] for i in segment) for segment in segments]
+    assert spelled == list(target.tokens)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_vocabulary_maps_to_itself(mistral, name):
+    control = mistral[name]
+    table = build_table(control.vocabulary, control)
+    text = np.array([bool(token) for token in control.vocabulary.tokens])
+    assert table.exact.tolist() == text.tolist()
+    tokens = control.vocabulary.tokens
+    assert all(tokens[i] == tokens[j] for i, j in enumerate(table.mapping) if text[i])
+
+
+def test_what_two_mistral_vocabularies_share_is_exact(mistral):
+    table = build_table(mistral["v1"].vocabulary, mistral["v3"])
+    assert table.coverage.exact == 32_000 - 3
+    assert table.coverage.none == 0
+
+
+def test_a_real_text_survives_every_real_vocabulary(mistral):
+    text = "Größe ≠ 大小:\n\n\tdef f(x): return x  # 🙂 ▁ </s> [INST]\n".encode()
+    for encoder in mistral.values():
+        ids, waiting = encoder.encode(text + b"\xe2\x82")
+        assert b"".join(encoder.vocabulary.tokens[i] for i in ids) == text
+        assert waiting == b"\xe2\x82"
