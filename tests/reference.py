@@ -134,11 +134,10 @@ class Reference:
 
     def shift(self, context: list[int]) -> torch.Tensor:
         row = self.control.logits(context)
-        mapped = torch.tensor([m for m in self.mapping if m >= 0])
-        neutral = row[mapped].mean()
-        width = self.target.network.config.vocab_size
-        padded = self.mapping + [-1] * (width - len(self.mapping))
-        return torch.stack([row[m] if m >= 0 else neutral for m in padded])
+        routed = torch.full((self.target.network.config.vocab_size,), -1)
+        routed[: len(self.mapping)] = torch.tensor(self.mapping)
+        neutral = row[routed[routed >= 0]].mean()
+        return torch.where(routed >= 0, row[routed], neutral)
 
     def steps(
         self, prompt: list[int], own_prompt: list[int], strength: float, forced: list[int]

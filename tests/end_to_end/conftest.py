@@ -1,0 +1,23 @@
+"""One gateway with three real engines for all tests here."""
+
+from __future__ import annotations
+
+import pytest
+
+from serving import ENGINE, engine_environment, gateway
+
+
+@pytest.fixture(scope="session")
+def server(family, tmp_path_factory):
+    """The family's three targets, each in a real vLLM engine, and its control; the base URL."""
+    directory = tmp_path_factory.mktemp("server")
+    config = {
+        "controls": {"control": str(family.control)},
+        "tables": str(directory / "tables"),
+        "models": {
+            name: {"model": str(path), "args": ENGINE, "env": engine_environment(i % 2)}
+            for i, (name, path) in enumerate(family.targets.items())
+        },
+    }
+    with gateway(directory, config) as url:
+        yield url
