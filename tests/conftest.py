@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import os
 
-import tiny
+# Tiny models run fastest on one thread, which OpenMP has to know before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
 
 
 @pytest.fixture(scope="session")

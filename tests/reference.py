@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -110,27 +111,30 @@ class Reference:
                 ids += self.control.tokenizer.encode(stretch, add_special_tokens=False)
         return ids
 
-    def context(self, generated: list[int]) -> list[int]:
-        """The control's tokens for what the target has generated."""
+    def contexts(self, generated: list[int]) -> Iterator[list[int]]:
+        """The control's tokens for nothing, for the first generated token, for the first two, and so on."""
         done: list[int] = []
         run: list[int] = []
         text, waiting = b"", b""
+        yield []
         for token in generated:
             data = self.target.bytes[token] if token < len(self.target.bytes) else b""
             if data is None:
                 done += run if not waiting else self.tokenize(text)
                 done += [self.mapping[token]] if self.mapping[token] >= 0 else []
                 run, text, waiting = [], b"", b""
-                continue
-            if token >= len(self.target.bytes):
-                continue
-            text += data
-            if not waiting and self.mapping[token] >= 0 and self.control.bytes[self.mapping[token]] == data:
-                run.append(self.mapping[token])
-            else:
-                waiting = unfinished(text)
-                run = self.tokenize(text[: len(text) - len(waiting)])
-        return done + run
+            elif token < len(self.target.bytes):
+                text += data
+                if (
+                    not waiting
+                    and self.mapping[token] >= 0
+                    and self.control.bytes[self.mapping[token]] == data
+                ):
+                    run = [*run, self.mapping[token]]
+                else:
+                    waiting = unfinished(text)
+                    run = self.tokenize(text[: len(text) - len(waiting)])
+            yield done + run
 
     def shift(self, context: list[int]) -> torch.Tensor:
         row = self.control.logits(context)
@@ -143,11 +147,10 @@ class Reference:
         self, prompt: list[int], own_prompt: list[int], strength: float, forced: list[int]
     ) -> Iterator[Step]:
         """For each token of `forced`, what greedy decoding would have chosen after the ones before it."""
-        for position in range(len(forced)):
-            generated = forced[:position]
-            logits = self.target.logits(prompt + generated)
+        for position, context in enumerate(islice(self.contexts(forced), len(forced))):
+            logits = self.target.logits(prompt + forced[:position])
             if strength:
-                logits = logits + strength * self.shift(own_prompt + self.context(generated))
+                logits = logits + strength * self.shift(own_prompt + context)
             best = logits.topk(2)
             yield Step(int(best.indices[0]), float(best.values[0] - best.values[1]))
 

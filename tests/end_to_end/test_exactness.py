@@ -57,7 +57,8 @@ async def token_ids(client: AsyncOpenAI, model: str, ask: Ask) -> list[int]:
     )
     if not ask.stream:
         return answer.choices[0].token_ids
-    return [token async for chunk in answer for c in chunk.choices for token in getattr(c, "token_ids", None) or []]
+    choices = [choice async for chunk in answer for choice in chunk.choices]
+    return [token for choice in choices for token in getattr(choice, "token_ids", None) or []]
 
 
 async def answers(url: str, model: str) -> list[list[int]]:
