@@ -7,8 +7,9 @@ import os
 # Tiny models run fastest on one thread, which OpenMP has to know before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-import tiny  # noqa: E402
+import pytest
+
+import tiny
 
 
 @pytest.fixture(scope="session")
