@@ -147,16 +147,20 @@ class ControlModel:
         self.pool.give(sequence.blocks[count:])
         del sequence.blocks[count:]
         missing = count - len(sequence.blocks)
-        busy = {*wave, sequence}
-        idle = (owner for owner in list(self._owners) if owner not in busy)
-        while self.pool.free < missing:
-            if (victim := next(idle, None)) is None:
-                return False
-            self.release(victim)
+        if self.pool.free < missing and not self._evict(missing, {*wave, sequence}):
+            return False
         sequence.blocks += self.pool.take(missing)
         self._owners.pop(sequence, None)
         self._owners[sequence] = None
         return True
+
+    def _evict(self, wanted: int, busy: set[CachedSequence]) -> bool:
+        """Take blocks from sequences that are not `busy` until `wanted` are free; False where that fails."""
+        for owner in [owner for owner in self._owners if owner not in busy]:
+            self.release(owner)
+            if self.pool.free >= wanted:
+                return True
+        return False
 
     def _layout(self, wave: Sequence[CachedSequence]) -> tuple[Step, Tensor, Tensor, Tensor]:
         """Lay a batch out flat, in the wave's order.

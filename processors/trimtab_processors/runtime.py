@@ -42,12 +42,16 @@ class Request:
         self.sequences = [CachedSequence() for _ in control.parts]
         self._output = output
         self._seen = 0
-        self._alignment = Alignment(control.aligner, control.prompt(prompt, parameters.prompt))
+        self._prompt = control.prompt(prompt, parameters.prompt)
+        self._alignment = Alignment(control.aligner, self._prompt)
         self._dropped = 0
         self._labels = (model_name, control.name)
 
     def advance(self) -> None:
         """Bring the control's contexts up to what the target has generated."""
+        if len(self._output) < self._seen:
+            # vLLM takes tokens back where loading a request's KV cache fails.
+            self._seen, self._alignment = 0, Alignment(self.control.aligner, self._prompt)
         realigned = self._alignment.realignments
         kept = self._alignment.extend(self._output[self._seen :])
         self._seen = len(self._output)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reference import Model, Reference
-from tiny import Family, sentences
+from tiny import CONTEXT, Family, sentences
 from trimtab_mappings.vocabulary import load_vocabulary
 from trimtab_processors.control import Target
 from trimtab_processors.parameters import Parameters
@@ -75,3 +75,43 @@ def test_requests_that_join_and_leave_get_the_tokens_of_the_reference(family, tm
         assert [s.token for s in steps if s.gap > 1e-4] == [
             t for t, s in zip(output, steps, strict=True) if s.gap > 1e-4
         ]
+
+
+def row_of(runtime, prompt, output):
+    request = runtime.open(Parameters(control="control"), prompt, output)
+    runtime.step([request])
+    return request.row
+
+
+def test_tokens_that_the_engine_takes_back_leave_no_trace(family, tmp_path):
+    """As vLLM does where loading a request's KV cache fails."""
+    runtime, output = make_runtime(family, "b", tmp_path), [300, 301, 302, 303]
+    request = runtime.open(Parameters(control="control"), [5, 6], output)
+    runtime.step([request])
+    output[1:] = [400]
+    output.append(401)
+    del output[2:]
+    runtime.step([request])
+    torch.testing.assert_close(request.row, row_of(runtime, [5, 6], [300, 400]), atol=1e-4, rtol=1e-4)
+
+
+def test_a_context_past_the_window_keeps_its_beginning_and_its_end(family, tmp_path):
+    """The row is that of the first token and the most recent ones, and the request goes on."""
+    runtime = make_runtime(family, "a", tmp_path)
+    control = runtime._controls["control"]
+    bos, output = control._beginning[0], []
+    prompt = (bos, *range(10, 240))
+    request = runtime.open(Parameters(control="control", prompt=prompt), [5], output)
+    plain = Model(family.control)
+    for token in range(20, 80):
+        runtime.step([request])
+        whole = [*prompt, *output]
+        start = 1 + (0 if len(whole) <= CONTEXT else CONTEXT // 2)
+        torch.testing.assert_close(request.row, plain.logits([bos, *whole[start:]]), atol=2e-4, rtol=1e-4)
+        output.append(token)
+    assert len(whole) > CONTEXT
+
+
+def test_an_engine_without_the_control_goes_on_without(family, tmp_path):
+    """Nothing is opened, nothing is shifted."""
+    assert make_runtime(family, "a", tmp_path).open(Parameters(control="nobody"), [5], []) is None
