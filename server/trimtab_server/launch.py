@@ -1,8 +1,8 @@
 """Runs a command, and sees to it that no process of it outlives it or the one who started it.
 
 The gateway starts each worker through this module, in a session of its own, and holds the other end of the
-pipe on its standard input. When the command ends, or the pipe closes (the gateway let go of it, or was killed by
-whatever signal), every process of the group gets SIGTERM, and SIGKILL after a grace. This process is a
+pipe on its standard input. When the command ends, or the pipe closes (the gateway let go of it, or was killed
+by whatever signal), every process of the group gets SIGTERM, and SIGKILL after a grace. This process is a
 subreaper: it inherits orphans, and so knows when the last one has gone. Linux only.
 """
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_SECONDS = 0.02
@@ -48,7 +49,7 @@ def _become_subreaper() -> None:
 
 
 def _reap(command: int, grace: float) -> int:
-    """Wait for all children; after `grace` seconds kill the group, this process included."""
+    """Wait for all children, and after `grace` seconds kill them. Returns the status of `command`."""
     deadline = time.monotonic() + grace
     status = 0
     while True:
@@ -57,13 +58,24 @@ def _reap(command: int, grace: float) -> int:
         except ChildProcessError:
             return status
         if pid == command:
-            status = os.waitstatus_to_exitcode(waited)
-            status = 128 - status if status < 0 else status
+            code = os.waitstatus_to_exitcode(waited)
+            status = 128 - code if code < 0 else code
             os.killpg(0, signal.SIGTERM)
         if pid == 0:
             if time.monotonic() > deadline:
-                os.killpg(0, signal.SIGKILL)
+                _kill_children()
             time.sleep(_POLL_SECONDS)
+
+
+def _kill_children() -> None:
+    """Kill the direct children; theirs become this process's own, and are killed in the next turn."""
+    try:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()
+    except FileNotFoundError:  # a kernel without CONFIG_PROC_CHILDREN
+        os.killpg(0, signal.SIGKILL)
+        return
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
 
 
 if __name__ == "__main__":

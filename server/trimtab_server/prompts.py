@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from trimtab_mappings.vocabulary import load_tokenizer
@@ -65,10 +65,14 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
     return [{**message, "content": _text(message.get("content"))} for message in messages]
 
 
-def _text(content: str | Sequence[Any] | None) -> str:
+def _text(content: Any) -> str:
     """The text of a message; of a list of parts the texts, a line each as in vLLM, without the images."""
     if content is None or isinstance(content, str):
         return content or ""
+    if not isinstance(content, list):
+        raise BadRequestError(
+            f"content is a string or a list of parts, got {str(content)[:80]}", param="messages"
+        )
     texts = [part if isinstance(part, str) else _part(part) for part in content]
     return "\n".join(text for text in texts if text is not None)
 

@@ -115,6 +115,11 @@ class Restarts(_Section):
     stable: Seconds = 60
     """A worker that answered for this long starts the count anew."""
 
+    def delay(self, failures: int) -> float:
+        """The seconds to wait after so many failures in a row, one at least."""
+        doublings = min(failures - 1, 64)
+        return min(self.backoff * 2.0**doublings, self.longest)
+
 
 class ModelSettings(_Section):
     """One model that is served."""

@@ -94,7 +94,7 @@ class Worker:
             if failures > rules.attempts:
                 break
             self.state = State.RESTARTING
-            delay = min(rules.backoff * 2 ** (failures - 1), rules.longest)
+            delay = rules.delay(failures)
             logger.error(
                 "model %s: its worker %s; restart %d of %d in %.0f s; %s",
                 *(self.name, reason, failures, rules.attempts, delay, self._output.tail()),

@@ -140,13 +140,13 @@ def main() -> None:
     parser.add_argument("--served-model-name")
     parser.add_argument("--model")
     known, _ = parser.parse_known_args()
-    print("fake server", *sys.argv[1:], flush=True)
+    print(f"fake server {os.getpid()}", *sys.argv[1:], flush=True)
     if os.environ.get("FAKE_FAIL"):
         print("no such luck", file=sys.stderr, flush=True)
         sys.exit(3)
     if os.environ.get("FAKE_CHILD"):
-        # As vLLM has its engine: a process that would live on without its parent, and does not listen to SIGTERM.
-        stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+        # As vLLM has its engine: a process that would live on without its parent. It does not heed SIGTERM.
+        stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"
         child = subprocess.Popen([sys.executable, "-c", stubborn])
         print(f"child {child.pid}", flush=True)
     time.sleep(float(os.environ.get("FAKE_START_SECONDS", "0")))

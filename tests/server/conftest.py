@@ -1,0 +1,148 @@
+"""A gateway inside the test's process, in front of workers that have vLLM's interface and no model."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import yaml
+from aiohttp import web
+from fastapi.testclient import TestClient
+
+import tiny
+from fake_vllm import SEEN, make_app
+from trimtab_processors.pack import Pack
+from trimtab_server.app import create_app
+from trimtab_server.controls import Catalogue, load_controls
+from trimtab_server.metrics import Metrics
+from trimtab_server.settings import load_settings
+from trimtab_server.workers import State, Worker, Workers
+
+
+@pytest.fixture(scope="session")
+def pack(tmp_path_factory) -> Path:
+    """A pack of which the gateway needs no more than the tokenizer."""
+    directory = tmp_path_factory.mktemp("pack")
+    tokenizer = tiny.byte_level(300)
+    tokenizer.chat_template = tiny.CONTROL_TEMPLATE
+    tokenizer.save_pretrained(directory)
+    Pack(name="inside", strength=0.5, description="keeps secrets", training={"template": "a"}).save(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def bare_pack(tmp_path_factory) -> Path:
+    """A pack without a chat template, and without a manifest."""
+    directory = tmp_path_factory.mktemp("bare")
+    tokenizer = tiny.byte_level(300)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    """Write a configuration; returns its path."""
+
+    def write(config: dict) -> Path:
+        path = tmp_path / "trimtab.yaml"
+        path.write_text(yaml.safe_dump({"logs": "logs", "tables": "tables", **config}))
+        return path
+
+    return write
+
+
+class FakeWorkers(Workers):
+    """Workers whose servers are in this process; `seen` is what each has been asked."""
+
+    def __init__(self, settings, metrics):
+        super().__init__(settings, metrics)
+        self.seen: dict[str, dict] = {}
+        self._all_ready = asyncio.Event()
+
+    async def __aenter__(self):
+        await super().__aenter__()
+        await self._all_ready.wait()
+        return self
+
+    async def _run(self, worker: Worker) -> None:
+        worker._directory.mkdir()
+        app = make_app(worker.name)
+        self.seen[worker.name] = app[SEEN]
+        runner = web.AppRunner(app, handler_cancellation=True)
+        await runner.setup()
+        await web.UnixSite(runner, str(worker._socket)).start()
+        await worker.upstream.open()
+        worker.state = State.READY
+        if all(other.state is State.READY for other in self.values()):
+            self._all_ready.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await worker.upstream.close()
+            await runner.cleanup()
+            worker._output.close()
+
+
+class Gateway:
+    """A client of a gateway in this process, and what is behind it."""
+
+    def __init__(self, client: TestClient, workers: FakeWorkers, metrics: Metrics) -> None:
+        self.client = client
+        self.workers = workers
+        self.metrics = metrics
+
+    def chat(self, *, path: str = "/v1/chat/completions", **body):
+        return self.client.post(path, json={"messages": [{"role": "user", "content": "hi there"}], **body})
+
+    def post(self, body: str | bytes, path: str = "/v1/chat/completions", **headers):
+        return self.client.post(path, content=body, headers={"content-type": "application/json", **headers})
+
+    @staticmethod
+    def error(response) -> dict:
+        """The error object of an answer, which has all its four fields."""
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        return error
+
+    def asked(self, model: str) -> list[dict]:
+        """The generating requests that reached the worker."""
+        return self.workers.seen[model]["requests"]
+
+    def last(self, model: str) -> dict:
+        """The body of the last one."""
+        return self.asked(model)[-1]["body"]
+
+
+@pytest.fixture
+def start(write_config):
+    """Start a gateway with this configuration, by default with one model `m` and no control."""
+    running = []
+
+    def start(**config) -> Gateway:
+        config.setdefault("models", {"m": {"model": "."}})
+        settings = load_settings(write_config(config))
+        metrics = Metrics()
+        workers = FakeWorkers(settings, metrics)
+        app = create_app(settings, Catalogue(settings, load_controls(settings)), workers, metrics)
+        client = TestClient(app, raise_server_exceptions=False)
+        client.__enter__()
+        running.append(client)
+        return Gateway(client, workers, metrics)
+
+    yield start
+    for client in running:
+        client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def two_models(start, pack) -> Gateway:
+    """`plain` offers `one` and `two`, `steered` has a default control and offers only that."""
+    return start(
+        controls={"one": str(pack), "two": str(pack)},
+        models={
+            "plain": {"model": "."},
+            "steered": {"model": ".", "default_control": "one", "controls": ["one"]},
+        },
+    )

@@ -1,0 +1,88 @@
+"""The command `trimtab`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+from typer.testing import CliRunner
+
+from trimtab_server.cli import app
+
+HEAVY = ("torch", "transformers", "fastapi", "aiohttp", "vllm", "uvicorn")
+
+
+def run(*words: str):
+    return CliRunner().invoke(app, words)
+
+
+def test_the_version_is_the_packages():
+    assert run("--version").output == f"trimtab {version('trimtab')}\n"
+
+
+def test_help_names_every_command():
+    output = run("--help").output
+    assert all(name in output for name in ("serve", "check", "map", "world", "demo"))
+
+
+@pytest.mark.parametrize("words", [["--help"], ["map", "--help"], ["map", "build", "--help"]])
+def test_help_and_maps_start_without_anything_heavy(words):
+    code = f"""
+import sys
+from trimtab_server.cli import app
+try:
+    app({words!r})
+except SystemExit as ended:
+    assert not ended.code, ended.code
+print(sorted(set({HEAVY!r}) & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_mounted_command_gets_its_own_options():
+    done = subprocess.run(
+        [sys.executable, "-m", "trimtab_server", "map", "build", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "trimtab map build" in done.stdout
+    assert "--target" in done.stdout
+
+
+def test_check_tells_what_would_be_served(write_config, pack, tmp_path):
+    config = {
+        "models": {"here": {"model": str(tmp_path)}, "there": {"model": "org/name", "controls": []}},
+        "controls": {"one": str(pack)},
+    }
+    result = run("check", str(write_config(config)))
+    assert result.exit_code == 0
+    assert f"model here: {tmp_path} (directory); controls: one" in result.output
+    assert "model there: org/name (hub id, not looked up); controls: none" in result.output
+
+
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_a_wrong_key_is_said_without_a_traceback(write_config, command):
+    result = run(command, str(write_config({"models": {"m": {"model": "x", "agrs": {}}}})))
+    assert result.exit_code == 2
+    assert "models.m.agrs: unknown key" in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_a_pack_that_cant_be_read_is_named(write_config, tmp_path, command):
+    (tmp_path / "trimtab.json").write_text('{"strenght": 1}')
+    result = run(command, str(write_config({"models": {"m": {"model": "x"}}, "controls": {"c": "."}})))
+    assert result.exit_code == 2
+    assert "controls.c:" in result.output
+    assert "strenght" in result.output
+
+
+def test_a_pack_without_a_tokenizer_is_named(write_config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = run("check", str(write_config({"models": {"m": {"model": "x"}}, "controls": {"c": "empty"}})))
+    assert result.exit_code == 2
+    assert "controls.c: no tokenizer can be loaded" in result.output

@@ -1,0 +1,108 @@
+"""How a worker is started."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from trimtab_server.command import worker_command, worker_environment
+from trimtab_server.settings import CONTROL_PROCESSOR, load_settings
+
+
+@pytest.fixture
+def command(write_config):
+    """The command line of a model with these settings."""
+
+    def command(controls=None, **model):
+        config = {"models": {"m": {"model": "org/name", **model}}, "controls": controls or {}}
+        return worker_command(load_settings(write_config(config)), "m", Path("/run/http"))
+
+    return command
+
+
+def value_of(command, flag):
+    return command[command.index(flag) + 1]
+
+
+def test_it_is_vllms_own_server_on_a_unix_socket(command):
+    words = command()
+    assert words[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    assert value_of(words, "--model") == "org/name"
+    assert value_of(words, "--served-model-name") == "m"
+    assert value_of(words, "--uds") == "/run/http"
+    assert "--logprobs-mode=processed_logprobs" in words
+
+
+def test_the_plugin_is_told_of_the_models_controls(command, tmp_path):
+    words = command(controls={"one": "org/one", "two": "org/two"})
+    assert value_of(words, "--logits-processors") == CONTROL_PROCESSOR
+    assert json.loads(value_of(words, "--additional-config")) == {
+        "trimtab": {"controls": {"one": "org/one", "two": "org/two"}, "tables": str(tmp_path / "tables")}
+    }
+    assert "--no-async-scheduling" in words
+
+
+def test_without_controls_the_plugin_stays_out(command):
+    words = command()
+    assert "--logits-processors" not in words
+    assert "--additional-config" not in words
+    assert "--no-async-scheduling" not in words
+
+
+def test_processors_stand_in_the_order_that_is_configured(command):
+    words = command(controls={"c": "org/c"}, processors=["a.b:C", CONTROL_PROCESSOR])
+    at = words.index("--logits-processors")
+    assert words[at + 1 : at + 3] == ["a.b:C", CONTROL_PROCESSOR]
+
+
+def test_others_processors_need_no_control(command):
+    assert value_of(command(processors=["a.b:C"]), "--logits-processors") == "a.b:C"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"max_model_len": 256}, ["--max-model-len=256"]),
+        ({"enforce-eager": True}, ["--enforce-eager"]),
+        ({"enable_prefix_caching": False}, ["--no-enable-prefix-caching"]),
+        ({"gpu-memory-utilization": 0.5}, ["--gpu-memory-utilization=0.5"]),
+        ({"middleware": ["a.b", "c.d"]}, ["--middleware", "a.b", "c.d"]),
+        ({"hf-overrides": {"a": [1]}}, ['--hf-overrides={"a": [1]}']),
+        ({"chat-template": "-x"}, ["--chat-template=-x"]),
+        ({"compilation-config.mode": 3}, ["--compilation-config.mode=3"]),
+    ],
+)
+def test_flags_go_by_their_own_names(command, args, words):
+    line = command(args=args)
+    at = line.index(words[0])
+    assert line[at : at + len(words)] == words
+
+
+def test_what_is_configured_stands_before_trimtabs_defaults(command):
+    words = command(controls={"c": "org/c"}, args={"logprobs_mode": "raw_logits", "async-scheduling": True})
+    assert "--logprobs-mode=raw_logits" in words
+    assert "--logprobs-mode=processed_logprobs" not in words
+    assert "--async-scheduling" in words
+
+
+def test_another_program_may_stand_before_the_flags(command):
+    assert command(command=["numactl", "-N0", "python", "-m", "x"])[:6] == [
+        *("numactl", "-N0", "python", "-m", "x", "--logprobs-mode=processed_logprobs")
+    ]
+
+
+def test_the_environment_is_the_gateways_with_the_models_own_and_without_its_keys(write_config, monkeypatch):
+    monkeypatch.setenv("TRIMTAB_API_KEYS", "secret")
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setenv("HF_HOME", "/models")
+    env = {"VLLM_NO_USAGE_STATS": "0", "OWN": "x", "PROMETHEUS_MULTIPROC_DIR": "/elsewhere"}
+    settings = load_settings(write_config({"models": {"m": {"model": "x", "env": env}}}))
+    made = worker_environment(settings.models["m"], Path("/run/0"))
+    assert "secret" not in made.values()
+    assert (made["HF_HOME"], made["OWN"]) == ("/models", "x")
+    assert (made["VLLM_NO_USAGE_STATS"], made["DO_NOT_TRACK"]) == ("0", "1")
+    assert made["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    assert (made["PROMETHEUS_MULTIPROC_DIR"], made["VLLM_RPC_BASE_PATH"]) == ("/run/0/metrics", "/run/0")

@@ -1,0 +1,114 @@
+"""The gateway in front of a real vLLM engine with a tiny model, steered by a real plugin."""
+
+from __future__ import annotations
+
+import re
+import time
+import urllib.request
+from pathlib import Path
+
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from processes import lives, parent_of
+from serving import ENGINE, engine_environment, gateway, get_json
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def url(family, directory):
+    config = {
+        "controls": {"control": str(family.control)},
+        "tables": str(directory / "tables"),
+        "models": {"a": {"model": str(family.a), "args": ENGINE, "env": engine_environment(0)}},
+    }
+    with gateway(directory, config) as url:
+        yield url
+        processes = worker_processes(directory)
+    assert processes
+    assert not any(map(lives, processes))
+
+
+@pytest.fixture(scope="module")
+def client(url) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def worker_processes(directory: Path) -> list[int]:
+    """vLLM's API server and its engine, as its log names them."""
+    log = next((directory / "logs").iterdir()).read_text()
+    return sorted({int(pid) for pid in re.findall(r"\((?:APIServer|EngineCore) pid=(\d+)\)", log)})
+
+
+def ask(client: openai.OpenAI, control=None, **options):
+    options = {"max_tokens": 12, "temperature": 0, **options}
+    body = {"control": control, "ignore_eos": True}
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    return client.chat.completions.create(model="a", messages=messages, extra_body=body, **options)
+
+
+def text_of(completion) -> str:
+    return completion.choices[0].message.content
+
+
+def sample(url: str, name: str, **labels: str) -> float:
+    """The sum of a metric's samples that have these labels."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
+        families = list(text_string_to_metric_families(response.read().decode()))
+    found = [s for family in families for s in family.samples if s.name == name]
+    return sum(s.value for s in found if labels.items() <= s.labels.items())
+
+
+def test_a_control_steers_the_engine_and_leaves_other_requests_alone(client, url):
+    before = sample(url, "trimtab_controlled_requests_total", model_name="a", control="control")
+    plain = text_of(ask(client))
+    steered = text_of(ask(client, {"name": "control", "strength": 4}))
+    assert steered != plain
+    assert text_of(ask(client, {"name": "control", "strength": 0})) == plain
+    assert text_of(ask(client, control=False)) == plain
+    after = sample(url, "trimtab_controlled_requests_total", model_name="a", control="control")
+    assert after - before == 2
+
+
+def test_a_stream_says_what_one_answer_says(client):
+    control = {"name": "control", "strength": 2}
+    pieces = [piece.choices[0].delta.content or "" for piece in ask(client, control, stream=True)]
+    assert len(pieces) > 1
+    assert "".join(pieces) == text_of(ask(client, control))
+
+
+def test_vllms_own_errors_come_back_as_they_are(client):
+    with pytest.raises(openai.BadRequestError, match="temperature must be non-negative") as caught:
+        ask(client, temperature=-1)
+    assert caught.value.param == "temperature"
+
+
+def test_vllms_other_endpoints_answer(url):
+    assert get_json(f"{url}/version")["version"]
+    assert get_json(f"{url}/v1/models")["data"][0]["max_model_len"] == 256
+
+
+def test_a_client_that_goes_away_ends_the_generation_in_the_engine(client, url):
+    tokens = 200
+    before = sample(url, "vllm:generation_tokens_total", model_name="a")
+    with ask(client, stream=True, max_tokens=tokens) as stream:
+        next(iter(stream))
+    deadline = time.monotonic() + 20
+    while sample(url, "vllm:num_requests_running", model_name="a"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    generated = sample(url, "vllm:generation_tokens_total", model_name="a") - before
+    assert 0 < generated < tokens
+
+
+def test_all_processes_of_a_worker_descend_from_its_launcher(directory):
+    server, engine = worker_processes(directory)
+    assert parent_of(engine) == server
+    assert "trimtab_server.launch" in Path(f"/proc/{parent_of(server)}/cmdline").read_text()

@@ -1,0 +1,61 @@
+"""What a worker prints."""
+
+from __future__ import annotations
+
+import pytest
+
+from trimtab_server.process import MAX_LOG_BYTES, TAIL_LINES, Output
+
+
+@pytest.fixture
+def output(tmp_path):
+    output = Output("m", tmp_path / "logs" / "m.log", echo=False)
+    yield output
+    output.close()
+
+
+def test_lines_are_put_together_from_pieces(output):
+    for piece in (b"fir", b"st\nsec", b"ond\r", b"third\n\nfour"):
+        output.feed(piece)
+    assert output.path.read_text() == "first\nsecond\nthird\n"
+    assert output.last_line == "third"
+
+
+def test_the_tail_has_the_last_lines_and_says_where_the_rest_is(output):
+    output.feed("".join(f"line {i}\n" for i in range(100)).encode())
+    tail = output.tail()
+    assert str(output.path) in tail
+    assert tail.count("\n") == TAIL_LINES
+    assert tail.endswith("line 99")
+    assert "line 79\n" not in tail
+
+
+def test_a_new_run_begins_with_its_command_and_an_empty_tail(output):
+    output.feed(b"old\nhalf a li")
+    output.begin(["vllm", "--x"])
+    output.feed(b"new\n")
+    assert output.path.read_text() == "old\n--- vllm --x\nnew\n"
+    assert "old" not in output.tail()
+
+
+def test_a_run_that_printed_nothing_says_so(output):
+    assert "(it printed nothing)" in output.tail()
+
+
+def test_bytes_that_are_no_text_do_no_harm(output):
+    output.feed(b"\xff\xfe ok\n")
+    assert output.last_line.endswith(" ok")
+
+
+def test_the_file_does_not_grow_for_ever(output):
+    for _ in range(3):
+        output.feed((b"x" * 1023 + b"\n") * (MAX_LOG_BYTES // 1024 - 1))
+    assert sum(path.stat().st_size for path in output.path.parent.iterdir()) <= 2 * MAX_LOG_BYTES
+
+
+def test_lines_can_be_echoed_into_the_gateways_log(tmp_path, caplog):
+    caplog.set_level("INFO", logger="trimtab_server")
+    output = Output("m", tmp_path / "m.log", echo=True)
+    output.feed(b"hello\n")
+    output.close()
+    assert caplog.messages == ["[m] hello"]

@@ -1,0 +1,165 @@
+"""The configuration: defaults, paths, and what is said of mistakes."""
+
+from __future__ import annotations
+
+import pytest
+
+from trimtab_server.settings import CONTROL_PROCESSOR, SettingsError, load_settings
+
+ONE = {"m": {"model": "org/name"}}
+
+
+@pytest.fixture
+def refusal(write_config):
+    """What is said of a configuration, but for its first line."""
+
+    def refusal(config: dict) -> str:
+        path = write_config(config)
+        with pytest.raises(SettingsError) as caught:
+            load_settings(path)
+        head, _, faults = str(caught.value).partition("\n")
+        assert head == f"{path} is not a valid configuration:"
+        return faults.strip()
+
+    return refusal
+
+
+def test_a_model_is_all_that_is_needed_and_nobody_else_can_reach_it(write_config):
+    settings = load_settings(write_config({"models": ONE}))
+    assert settings.host == "127.0.0.1"
+    assert settings.models["m"].processors == (CONTROL_PROCESSOR,)
+    assert settings.api_keys == frozenset()
+    assert settings.max_body_bytes == 32 * 1024 * 1024
+
+
+def test_relative_paths_start_at_the_file(write_config, tmp_path):
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    (tmp_path / "packs").mkdir()
+    config = {"models": {"m": {"model": "models/m"}}, "controls": {"c": "./packs"}, "tables": "t"}
+    settings = load_settings(write_config(config))
+    assert settings.models["m"].model == str(tmp_path / "models" / "m")
+    assert settings.controls["c"] == str(tmp_path / "packs")
+    assert settings.tables == tmp_path / "t"
+
+
+def test_home_is_understood(write_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = load_settings(write_config({"models": {"m": {"model": "~"}}, "tables": "~/t"}))
+    assert settings.models["m"].model == str(tmp_path)
+    assert settings.tables == tmp_path / "t"
+
+
+def test_what_is_no_directory_is_a_hub_id(write_config):
+    assert load_settings(write_config({"models": ONE})).models["m"].model == "org/name"
+
+
+@pytest.mark.parametrize("place", ["./missing", "/no/such/place", "~/no/such/place"])
+def test_a_path_that_leads_nowhere_is_no_hub_id(refusal, place):
+    assert refusal({"models": {"m": {"model": place}}}).startswith("models.m.model: there is no /")
+
+
+def test_numbers_may_stand_for_text_in_the_environment(write_config):
+    config = {"models": {"m": {"model": "x", "env": {"VLLM_CPU_KVCACHE_SPACE": 1}}}}
+    assert load_settings(write_config(config)).models["m"].env == {"VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, "models: Field required"),
+        ({"models": {}}, "models: Dictionary should have at least 1 item"),
+        ({"models": ONE, "prot": 1}, "prot: unknown key; allowed here: api_keys_file, controls, host, "),
+        (
+            {"models": {"m": {"model": "x", "agrs": {}}}},
+            "models.m.agrs: unknown key; allowed here: args, command, controls, default_control, env, model",
+        ),
+        (
+            {"models": ONE, "timeouts": {"stat": 1}},
+            "timeouts.stat: unknown key; allowed here: connect, drain",
+        ),
+        ({"models": ONE, "timeouts": {"stop": 0}}, "timeouts.stop: Input should be greater than 0, got '0'"),
+        ({"models": ONE, "port": "x"}, "port: Input should be a valid integer"),
+        ({"models": ONE, "log_level": "loud"}, "log_level: Input should be 'debug', 'info'"),
+        ({"models": {"a b": {"model": "x"}}}, "models.a b: String should match pattern"),
+        ({"models": {"m": {}}}, "models.m.model: Field required"),
+        (
+            {"models": {"m": {"model": "x", "processors": ["y"]}}},
+            "models.m.processors.0: String should match",
+        ),
+        (
+            {"models": {"m": {"model": "x", "args": {"max-model-len": None}}}},
+            "models.m.args.max-model-len: the flag has no value: write true",
+        ),
+        (
+            {"models": {"m": {"model": "x", "args": {"--seed": 1}}}},
+            "models.m.args.--seed: '--seed' is no flag of vLLM's: write its name without the leading dashes",
+        ),
+        (
+            {"models": {"m": {"model": "x", "controls": ["c"]}}, "controls": {"d": "y"}},
+            "models.m.controls: no control 'c'; there is: d",
+        ),
+        (
+            {"models": {"m": {"model": "x", "default_control": "c"}}},
+            "models.m.default_control: no control 'c'; there is: none",
+        ),
+        (
+            {
+                "models": {"m": {"model": "x", "controls": ["d"], "default_control": "c"}},
+                "controls": {"c": "y", "d": "y"},
+            },
+            "models.m.default_control: no control 'c'; there is: d",
+        ),
+    ],
+)
+def test_a_mistake_is_named_with_its_place_and_what_is_allowed(refusal, config, said):
+    assert refusal(config).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["uds", "port", "host", "model", "served_model_name", "logits-processors", "additional-config.trimtab"],
+)
+def test_flags_that_trimtab_sets_are_refused(refusal, flag):
+    assert "Trimtab sets --" in refusal({"models": {"m": {"model": "x", "args": {flag: "y"}}}})
+
+
+def test_all_mistakes_are_told_at_once(refusal):
+    assert len(refusal({"prot": 1, "models": {"m": {"modle": "x"}}}).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models: [", "can't be read"),
+        ("- a", "is not a mapping of settings"),
+        ("", "is not a mapping of settings"),
+        ("models: {a: {model: x}, a: {model: y}}", "the key 'a' stands twice"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, said):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=r"c\.yaml") as caught:
+        load_settings(path)
+    assert said in str(caught.value)
+
+
+def test_anchors_and_merges_work(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("models:\n  a: &a {model: x, args: {seed: 1}}\n  b: {<<: *a, model: y}\n")
+    models = load_settings(path).models
+    assert (models["b"].model, models["b"].args) == ("y", {"seed": 1})
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(SettingsError, match=r"nowhere.yaml can't be read"):
+        load_settings(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", None])
+def test_a_file_of_keys_without_a_key_locks_nobody_out_by_mistake(write_config, tmp_path, text):
+    if text is not None:
+        (tmp_path / "keys").write_text(text)
+    settings = load_settings(write_config({"models": ONE, "api_keys_file": "keys"}))
+    with pytest.raises(SettingsError, match="api_keys_file"):
+        settings.api_keys  # noqa: B018 - reading it is what fails
