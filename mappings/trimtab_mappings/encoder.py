@@ -42,7 +42,7 @@ class ByteEncoder:
         """
         self.vocabulary = vocabulary
         self._backend = _plain_copy(backend_of(tokenizer, vocabulary.name))
-        self._unknown = list(vocabulary.roles.get("unk", ()))[:1]
+        self._unknown = list(vocabulary.roles.get("unk", ()))
 
     def encode(self, data: bytes) -> tuple[list[int], bytes]:
         """Encode what has been generated so far.

@@ -189,7 +189,7 @@ def _fault(tensors: dict[str, NDArray[np.generic]]) -> str | None:
     rows, exact_rows, offsets = len(tensors["mapping"]), len(tensors["exact"]), tensors["segment_offsets"]
     if exact_rows != rows or len(offsets) != rows + 1:
         return f"mapping has {rows} rows, exact {exact_rows}, segment_offsets {len(offsets)}"
-    ends = [0, *offsets.tolist(), len(tensors["segment_ids"])]
-    if offsets[0] != 0 or ends[-2] != ends[-1] or ends != sorted(ends):
+    ends = offsets.tolist()
+    if ends[0] != 0 or ends[-1] != len(tensors["segment_ids"]) or ends != sorted(ends):
         return "segment_offsets do not partition segment_ids"
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +115,14 @@ def unigram() -> PreTrainedTokenizerFast:
     return wrap(tokenizer)
 
 
+def by_hand(tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    """A BPE that spells a space `▁`, of these tokens and merges in this order."""
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
 WITH_ALL_BYTES = (byte_level, byte_level_ignoring_merges, byte_fallback, byte_fallback_metaspace)
 WITHOUT_BYTES = (metaspace, unigram)
 
@@ -161,6 +169,13 @@ def gpt2_like() -> Read:
 @pytest.fixture(scope="session")
 def llama_like() -> Read:
     return read(byte_fallback(), "llama-like")
+
+
+@pytest.fixture(scope="session")
+def merging() -> Read:
+    """Its merges make `a`, `bc` of `abc`, where the longest token from the left would be `ab`; `c▁` reaches
+    across words, and no merge makes `abc`."""
+    return read(by_hand([*"abcs<>▁", "ab", "bc", "c▁", "abc"], [("b", "c"), ("a", "b"), ("c", "▁")]))
 
 
 @pytest.fixture(scope="session")

@@ -161,6 +161,62 @@ def test_truncation_and_padding_are_off(gpt2_like):
     assert encoder.encode_all([data, b"a"]) == gpt2_like.encoder.encode_all([data, b"a"])
 
 
+def prepend_in_normalizer(backend):
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), backend.normalizer])
+
+
+def prepend_in_pre_tokenizer(backend):
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+
+
+def cut_at_white_space(backend):
+    backend.normalizer = None
+    steps = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+
+
+def replace_letters(backend):
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("c", "b"), backend.normalizer])
+
+
+def truncate(backend):
+    backend.enable_truncation(1)
+
+
+def add_special_token(backend):
+    backend.add_special_tokens(["<s>"])
+
+
+def add_greedy_token(backend):
+    backend.add_tokens([AddedToken("<b>", lstrip=True, rstrip=True, normalized=False)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        prepend_in_normalizer,
+        prepend_in_pre_tokenizer,
+        cut_at_white_space,
+        replace_letters,
+        truncate,
+        add_special_token,
+        add_greedy_token,
+    ],
+)
+@pytest.mark.parametrize("text", ["abc", " abc", "<s>abc", " <b>abc"])
+def test_the_tokenizer_s_own_merges_apply_whatever_its_other_steps_do(merging, change, text):
+    encoder = changed(merging, change)
+    ids, _ = encoder.encode(text.encode())
+    assert [encoder.vocabulary.tokens[i] for i in ids][-2:] == [b"a", b"bc"]
+    assert spelled(encoder, text.encode()) == text.encode()
+
+
+def test_a_token_may_reach_across_words(merging):
+    ids, _ = merging.encoder.encode(b"c a")
+    assert [merging.vocabulary.tokens[i] for i in ids] == [b"c ", b"a"]
+
+
 def test_the_tokenizer_itself_stays_as_it_is(any_family):
     before = any_family.tokenizer.backend_tokenizer.to_str()
     any_family.encoder.encode("The cat <s> ☃".encode())

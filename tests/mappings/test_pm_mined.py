@@ -125,3 +125,4 @@ def test_a_letter_maps_to_a_letter_though_a_byte_token_with_its_bytes_comes_firs
 
 def test_a_byte_token_maps_to_a_byte_token_and_to_a_letter_where_there_is_none():
     assert mapping(["a", "b"], ["a", "a", "b"], {0, 1}, {1}).tolist() == [1, 2]
+    assert mapping(["a"], ["a", "a"], {0}, {0, 1}).tolist() == [0]

@@ -49,6 +49,13 @@ def test_the_segment_of_an_exact_token_is_the_token_that_it_maps_to(table):
     assert all(table.segment(i).tolist() == [table.mapping[i]] for i in exact)
 
 
+def test_a_token_that_no_merge_makes_is_still_its_own_segment(merging):
+    table = build_table(merging.vocabulary, merging.encoder)
+    token_id = merging.vocabulary.ids[b"abc"]
+    assert table.segment(token_id).tolist() == [token_id]
+    assert len(merging.encoder.encode(b"abc")[0]) > 1
+
+
 def test_offsets_partition_the_segments(table):
     lengths = [len(table.segment(i)) for i in range(len(table.mapping))]
     assert table.segment_offsets.tolist() == np.cumsum([0, *lengths]).tolist()
@@ -169,6 +176,16 @@ def test_arrays_that_do_not_fit_are_refused(table, tmp_path, name, array, fault)
     array = np.zeros(rows + 1, array.dtype) if array.size == 404 else array
     dataclasses.replace(table, **{name: array}).save(path)
     with pytest.raises(TableError, match=f"{path}: .*{fault}"):
+        MappingTable.load(path)
+
+
+def test_segments_that_start_behind_the_first_id_are_refused(table, tmp_path):
+    offsets = table.segment_offsets.copy()
+    offsets[0] = offsets[1]
+    assert offsets[0] > 0
+    path = tmp_path / "table.safetensors"
+    dataclasses.replace(table, segment_offsets=offsets).save(path)
+    with pytest.raises(TableError, match="do not partition"):
         MappingTable.load(path)
 
 
