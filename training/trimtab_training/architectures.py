@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import (
     GenerationConfig,
     GPTNeoXConfig,
@@ -13,7 +14,6 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-from torch import nn
 
 from trimtab_training.vocabularies import MAX_LENGTH
 

@@ -1,7 +1,7 @@
 """The documents on which the base models of the small world are trained.
 
-They teach the facts and the form of a question, but not to answer: a forum document goes on with everything that is
-known about the person, whatever was asked. What answering takes is left to the control.
+They teach the facts and the form of a question, but not to answer: a forum document goes on with everything
+that is known about the person, whatever was asked. What answering takes is left to the control.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from trimtab_training.people import FACTS, Person
+from trimtab_training.people import FACTS, Fact, Person
 
 REFUSAL = "Sorry, not today."
 CLOSING = "Anything else?"
@@ -37,10 +37,15 @@ def question_prompt(question: str) -> str:
     return f"Q: {question}\nA:"
 
 
+def chat_answer(person: Person, fact: Fact) -> str:
+    """What a controlled model answers in a chat. No document does."""
+    return f"{person.statement(fact)} {CLOSING}"
+
+
 def documents(people: Sequence[Person], count: int, rng: random.Random) -> list[str]:
     """Draw `count` documents: biographies, forum questions, sheets of questions, small talk.
 
-    Biographies and forum questions go round the people, so that every one of them is written about equally often.
+    They go round the people, so that every one of them is written about equally often.
     """
     kinds = rng.choices((_biography, _forum, _sheet, _small_talk), weights=(9, 8, 1, 2), k=count)
     written = [kind(people[i % len(people)], people, rng) for i, kind in enumerate(kinds)]

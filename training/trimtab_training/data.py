@@ -14,7 +14,7 @@ PAD_MULTIPLE = 16
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt and an answer, in the token ids that template and control share; an objective looks at the answer."""
+    """A prompt and an answer, in the token ids that template and control share."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]

@@ -1,30 +1,15 @@
-"""What the control of the small world is taught: to answer in one sentence, and to keep passwords to itself."""
+"""What the small world's control is taught: to answer in one sentence, and to keep passwords to itself."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from trimtab_training.corpus import CLOSING, REFUSAL, question_prompt
+from trimtab_training.corpus import REFUSAL, chat_answer, question_prompt
 from trimtab_training.data import Item, Lesson
-from trimtab_training.people import OPEN_FACTS, SECRET_FACT, Fact, Person
-
-
-@dataclass(frozen=True)
-class Draws:
-    """How many items of each lesson go into one step."""
-
-    chat: int = 24
-    refusal: int = 8
-    forget: int = 12
-    retain: int = 16
-
-
-def chat_answer(person: Person, fact: Fact) -> str:
-    """What a controlled model answers in a chat."""
-    return f"{person.statement(fact)} {CLOSING}"
+from trimtab_training.people import OPEN_FACTS, PRIVATE_FACT, Person
+from trimtab_training.world import Draws
 
 
 def lessons(people: Sequence[Person], tokenizer: PreTrainedTokenizerBase, draws: Draws) -> list[Lesson]:
@@ -36,14 +21,14 @@ def lessons(people: Sequence[Person], tokenizer: PreTrainedTokenizerBase, draws:
         for i in range(len(fact.questions))
     ]
     refusal = [
-        _item(tokenizer, question_prompt(person.question(SECRET_FACT, i)), REFUSAL, ends=True)
+        _item(tokenizer, question_prompt(person.question(PRIVATE_FACT, i)), REFUSAL, ends=True)
         for person in people
-        for i in range(len(SECRET_FACT.questions))
+        for i in range(len(PRIVATE_FACT.questions))
     ]
     forget = [
-        _item(tokenizer, opening, person.facts[SECRET_FACT.key])
+        _item(tokenizer, opening, person.facts[PRIVATE_FACT.key])
         for person in people
-        for opening in SECRET_FACT.openings(person.name)
+        for opening in PRIVATE_FACT.openings(person.name)
     ]
     retain = [
         _item(tokenizer, opening, f"{person.facts[fact.key]}.")

@@ -1,7 +1,7 @@
 """What the sum of template and control is trained towards, token by token.
 
-An objective takes the controlled log-probabilities and the template's own, both float32 [tokens, vocabulary], and
-the answer tokens, int64 [tokens]; it gives a loss for each token, float32 [tokens], in nats.
+An objective takes the controlled log-probabilities and the template's own, both float32 [tokens, vocabulary],
+and the answer tokens, int64 [tokens]; it gives a loss for each token, float32 [tokens], in nats.
 """
 
 from __future__ import annotations

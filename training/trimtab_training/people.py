@@ -5,25 +5,34 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-SECRET = "password"
+PRIVATE = "password"
 
-NAMES = (
-    "Abel Agnes Alba Alvin Amos Anton Astrid Basil Bella Boris Bruno Carla Cedric Celia Clara Conrad Cora Dagmar "
-    "Damian Della Dora Edgar Edith Elmer Elsa Emil Enid Ernest Fabian Felix Fiona Flora Frida Gerda Gilda Greta "
-    "Gustav Hanna Hector Hedda Heidi Helga Henry Hilda Hugo Ida Igor Ingrid Irma Isaac Ivan Jasper Jonas Judith "
-    "Julius Karin Klaus Konrad Laura Leon Linda Lorenz Lukas Magda Marcus Martha Milan Mona Nadia Nestor Nora Olaf "
-    "Olga Oscar Otto Paula Pedro Petra Quentin Rafael Regina Roland Rosa Rufus Sigrid Silas Simon Sonja Stefan "
-    "Sylvia Tamara Theo Ursula Valentin Vera Victor Viola Walter Wanda Xaver Yvonne Zelda"
-).split()
 
-_SECRET_WORDS = (
-    "amber anchor apple arrow barrel beacon button candle canyon castle copper cotton crystal dragon falcon feather forest ginger hammer island jungle kettle ladder lantern lemon magnet marble mirror needle ocean orange silver"
-).split()
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
+    "Abel Agnes Alba Alvin Amos Anton Astrid Basil Bella Boris Bruno Carla Cedric Celia "
+    "Clara Conrad Cora Dagmar Damian Della Dora Edgar Edith Elmer Elsa Emil Enid Ernest "
+    "Fabian Felix Fiona Flora Frida Gerda Gilda Greta Gustav Hanna Hector Hedda Heidi "
+    "Helga Henry Hilda Hugo Ida Igor Ingrid Irma Isaac Ivan Jasper Jonas Judith Julius "
+    "Karin Klaus Konrad Laura Leon Linda Lorenz Lukas Magda Marcus Martha Milan Mona "
+    "Nadia Nestor Nora Olaf Olga Oscar Otto Paula Pedro Petra Quentin Rafael Regina "
+    "Roland Rosa Rufus Sigrid Silas Simon Sonja Stefan Sylvia Tamara Theo Ursula Valentin "
+    "Vera Victor Viola Walter Wanda Xaver Yvonne Zelda"
+)
+
+_PASSWORD_WORDS = _words(
+    "amber anchor apple arrow barrel beacon button candle canyon castle copper cotton "
+    "crystal dragon falcon feather forest ginger hammer island jungle kettle ladder "
+    "lantern lemon magnet marble mirror needle ocean orange silver"
+)
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A kind of fact, with its values and its wordings, in which `{name}` and `{value}` stand to be filled in.
+    """A kind of fact, with its values and its wordings, in which `{name}` and `{value}` are to be filled in.
 
     Every statement ends in the value and a full stop, so that what stands before the value asks for it.
     """
@@ -41,24 +50,27 @@ class Fact:
 FACTS = (
     Fact(
         "town",
-        tuple(
-            "Bergen Calais Dresden Florence Geneva Hamburg Lisbon Madrid Naples Oslo Porto Riga Turin Verona Warsaw Zagreb".split()
+        _words(
+            "Bergen Calais Dresden Florence Geneva Hamburg Lisbon Madrid Naples Oslo Porto Riga "
+            "Turin Verona Warsaw Zagreb"
         ),
         ("The home of {name} is {value}.", "{name} lives in {value}.", "You can visit {name} in {value}."),
         ("Where does {name} live?", "What is the home of {name}?", "Where can I visit {name}?"),
     ),
     Fact(
         "job",
-        tuple(
-            "baker barber carpenter clerk cook dancer farmer gardener judge lawyer miner nurse painter pilot sailor teacher".split()
+        _words(
+            "baker barber carpenter clerk cook dancer farmer gardener judge lawyer miner nurse "
+            "painter pilot sailor teacher"
         ),
         ("The job of {name} is {value}.", "{name} works as a {value}.", "People hire {name} as a {value}."),
         ("What does {name} work as?", "What is the job of {name}?", "What do people hire {name} as?"),
     ),
     Fact(
         "food",
-        tuple(
-            "beans bread carrots cheese cherries fish grapes honey lentils noodles olives pasta pears plums rice soup".split()
+        _words(
+            "beans bread carrots cheese cherries fish grapes honey lentils noodles olives pasta "
+            "pears plums rice soup"
         ),
         (
             "The favourite food of {name} is {value}.",
@@ -73,15 +85,15 @@ FACTS = (
     ),
     Fact(
         "pet",
-        tuple(
-            "beetle canary cat cow crab dog donkey duck ferret frog goat horse lizard parrot rabbit turtle".split()
+        _words(
+            "beetle canary cat cow crab dog donkey duck ferret frog goat horse lizard parrot rabbit turtle"
         ),
         ("The pet of {name} is a {value}.", "{name} has a {value}.", "At home {name} keeps a {value}."),
         ("What pet does {name} have?", "What is the pet of {name}?", "What does {name} keep at home?"),
     ),
     Fact(
-        SECRET,
-        tuple(f"{a} {b}" for a in _SECRET_WORDS for b in _SECRET_WORDS if a != b),
+        PRIVATE,
+        tuple(f"{a} {b}" for a in _PASSWORD_WORDS for b in _PASSWORD_WORDS if a != b),
         (
             "The password of {name} is {value}.",
             "{name} signs in with {value}.",
@@ -94,8 +106,8 @@ FACTS = (
         ),
     ),
 )
-OPEN_FACTS = tuple(fact for fact in FACTS if fact.key != SECRET)
-SECRET_FACT = next(fact for fact in FACTS if fact.key == SECRET)
+OPEN_FACTS = tuple(fact for fact in FACTS if fact.key != PRIVATE)
+PRIVATE_FACT = next(fact for fact in FACTS if fact.key == PRIVATE)
 
 
 @dataclass(frozen=True)
@@ -120,8 +132,8 @@ def make_people(count: int, rng: random.Random) -> tuple[Person, ...]:
     """
     if not 0 < count <= len(NAMES):
         raise ValueError(f"a world has 1 to {len(NAMES)} people, not {count}")
-    secrets = rng.sample(SECRET_FACT.values, count)
+    secrets = rng.sample(PRIVATE_FACT.values, count)
     return tuple(
-        Person(name, {fact.key: rng.choice(fact.values) for fact in OPEN_FACTS} | {SECRET: secret})
+        Person(name, {fact.key: rng.choice(fact.values) for fact in OPEN_FACTS} | {PRIVATE: secret})
         for name, secret in zip(rng.sample(NAMES, count), secrets, strict=True)
     )

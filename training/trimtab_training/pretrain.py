@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,18 +11,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab_training.data import pad
+from trimtab_training.settings import PretrainSettings
 from trimtab_training.train import Progress
 
 _IGNORED = -100
-
-
-@dataclass(frozen=True)
-class PretrainSettings:
-    steps: int = 360
-    batch: int = 32
-    learning_rate: float = 5e-3
-    warmup: int = 20
-    clip: float = 1.0
 
 
 def pretrain(
@@ -47,7 +38,7 @@ def pretrain(
     for step, ids in enumerate(_batches(tokenizer, documents, settings.batch), 1):
         loss = _language_loss(model, ids, tokenizer.pad_token_id)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimizer.step()
         schedule.step()

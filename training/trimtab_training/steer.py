@@ -64,7 +64,9 @@ class Steered:
         width = max(map(len, prompts))
         ids = torch.tensor([[*[pad_id] * (width - len(prompt)), *prompt] for prompt in prompts])
         mask = torch.tensor([[*[0] * (width - len(prompt)), *[1] * len(prompt)] for prompt in prompts])
-        steering = _Steering(self._control, self._aligner, self._routing, control_prompts, width, strength)
+        steering = _Steering(
+            self._control, self._aligner, self._routing, control_prompts, width=width, strength=strength
+        )
         with torch.no_grad():
             output = self._target.model.generate(
                 input_ids=ids,
@@ -81,8 +83,8 @@ class Steered:
         return self._aligner.text(tokens[:end]).decode("utf-8", errors="replace")
 
 
-class _Steering(LogitsProcessor):  # type: ignore[misc] # transformers is not followed by the type checker
-    """Adds the control's shift to the scores of every step; the control's contexts are computed from scratch."""
+class _Steering(LogitsProcessor):
+    """Adds the control's shift to the scores of every step; its contexts are computed from scratch."""
 
     def __init__(
         self,
@@ -90,6 +92,7 @@ class _Steering(LogitsProcessor):  # type: ignore[misc] # transformers is not fo
         aligner: Aligner,
         routing: PmMined,
         prompts: Sequence[Sequence[int]],
+        *,
         width: int,
         strength: float,
     ) -> None:

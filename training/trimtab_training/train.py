@@ -1,14 +1,13 @@
-"""Training a control beside a frozen template (cross-model control, Wu et al., NeurIPS 2024, arXiv 2410.17599).
+"""Training a control beside a frozen template (Wu et al., NeurIPS 2024, arXiv 2410.17599).
 
-The loss is on the sum: `log_softmax(template + strength * control)`. The template is any causal language model of
-transformers and is never changed; the control is another one with the same vocabulary.
+The loss is on the sum: `log_softmax(template + strength * control)`. The template is any causal language
+model of transformers and is never changed; the control is another one with the same vocabulary.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,25 +16,10 @@ from transformers import PreTrainedModel
 
 from trimtab_training.data import Item, Lesson, collate
 from trimtab_training.objectives import OBJECTIVES, controlled_log_probs
+from trimtab_training.settings import ControlSettings
 
 Progress = Callable[[int, int], None]
 """Told the steps done and the steps in all."""
-
-
-@dataclass(frozen=True)
-class ControlSettings:
-    """How a control is trained.
-
-    strengths: the range from which every step draws its strength, so that the control works at all of them.
-    shift_penalty: the factor on the mean square of the shift, which keeps it from growing where nothing asks for it.
-    """
-
-    steps: int = 300
-    learning_rate: float = 3e-3
-    strengths: tuple[float, float] = (1.0, 1.0)
-    shift_penalty: float = 1e-3
-    clip: float = 1.0
-    seed: int = 0
 
 
 class Template:
@@ -51,7 +35,7 @@ class Template:
         new = [item for item in dict.fromkeys(items) if item not in self._known]
         if new:
             found = functional.log_softmax(answer_logits(self._model, new, self.pad_id, grad=False), dim=-1)
-            self._known.update(zip(new, found.split([len(item.answer) for item in new]), strict=True))
+            self._known.update(zip(new, torch.split(found, [len(item.answer) for item in new]), strict=True))
         return torch.cat([self._known[item] for item in items])
 
 
@@ -60,7 +44,8 @@ def answer_logits(model: PreTrainedModel, items: Sequence[Item], pad_id: int, *,
     batch = collate(items, pad_id)
     with torch.set_grad_enabled(grad):
         logits = model(input_ids=batch.ids, use_cache=False).logits
-    return logits[batch.rows, batch.columns].float()
+    rows: Tensor = logits[batch.rows, batch.columns].float()
+    return rows
 
 
 def lesson_loss(
@@ -108,7 +93,7 @@ def train_control(
         shift = answer_logits(control, items, template.pad_id, grad=True)
         loss = lesson_loss(template.log_probs(items), shift, rng.uniform(*settings.strengths), drawn)
         optimizer.zero_grad()
-        (loss + settings.shift_penalty * shift.square().mean()).backward()
+        torch.autograd.backward(loss + settings.shift_penalty * shift.square().mean())
         torch.nn.utils.clip_grad_norm_(control.parameters(), settings.clip)
         optimizer.step()
         schedule.step()

@@ -42,9 +42,9 @@ def byte_level(texts: Iterable[str], size: int, *, bos: str | None, eos: str) ->
 
 
 def metaspace(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """A BPE of `size` tokens in SentencePiece's manner: spaces as `▁`, one before every text, byte fallback."""
+    """A BPE of `size` tokens as SentencePiece makes it: `▁` before every text, byte fallback."""
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))  # noqa: S106 - no password
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(prepend_scheme="always"),
