@@ -175,7 +175,7 @@ def llama_like() -> Read:
 def merging() -> Read:
     """Its merges make `a`, `bc` of `abc`, where the longest token from the left would be `ab`; `c▁` reaches
     across words, and no merge makes `abc`."""
-    return read(by_hand([*"abcs<>▁", "ab", "bc", "c▁", "abc"], [("b", "c"), ("a", "b"), ("c", "▁")]))
+    return read(by_hand([*"abcs<>▁Ġ", "ab", "bc", "c▁", "abc"], [("b", "c"), ("a", "b"), ("c", "▁")]))
 
 
 @pytest.fixture(scope="session")

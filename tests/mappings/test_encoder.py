@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trimtab_mappings import ByteEncoder, VocabularyError, load_encoder, read_vocabulary
@@ -176,6 +176,12 @@ def cut_at_white_space(backend):
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
 
 
+def byte_level_with_a_space(backend):
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.ByteLevel()
+
+
 def replace_letters(backend):
     backend.normalizer = normalizers.Sequence([normalizers.Replace("c", "b"), backend.normalizer])
 
@@ -198,6 +204,7 @@ def add_greedy_token(backend):
         prepend_in_normalizer,
         prepend_in_pre_tokenizer,
         cut_at_white_space,
+        byte_level_with_a_space,
         replace_letters,
         truncate,
         add_special_token,
