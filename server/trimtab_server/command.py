@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from trimtab_processors.settings import KEY as PLUGIN_KEY
+from trimtab_processors.settings import PluginSettings
 from trimtab_server.settings import API_KEYS_VARIABLE, CONTROL_PROCESSOR, ModelSettings, Settings
 
 VLLM = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
@@ -39,8 +41,8 @@ def worker_command(settings: Settings, name: str, socket: Path) -> list[str]:
     if processors:
         command += ["--logits-processors", *processors]
     if CONTROL_PROCESSOR in processors:
-        plugin = {"trimtab": {"controls": controls, "tables": str(settings.tables)}}
-        command += ["--additional-config", json.dumps(plugin)]
+        plugin = model.plugin.model_copy(update={"controls": controls, "tables": settings.tables})
+        command += ["--additional-config", json.dumps({PLUGIN_KEY: _given(plugin)})]
     return command
 
 
@@ -49,6 +51,10 @@ def worker_environment(model: ModelSettings, directory: Path) -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if key not in _PRIVATE_VARIABLES}
     own = {"PROMETHEUS_MULTIPROC_DIR": str(directory / "metrics"), "VLLM_RPC_BASE_PATH": str(directory)}
     return {**inherited, **_DEFAULT_ENVIRONMENT, **model.env, **own}
+
+
+def _given(plugin: PluginSettings) -> dict[str, Any]:
+    return plugin.model_dump(mode="json", exclude_unset=True)
 
 
 def _processors(model: ModelSettings, controls: Mapping[str, str]) -> list[str]:

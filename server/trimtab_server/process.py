@@ -25,7 +25,6 @@ class Output:
     """What a worker prints: in a file, its last lines at hand, and on request in the gateway's own log."""
 
     def __init__(self, name: str, path: Path, *, echo: bool) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._name = name
         self._echo = echo

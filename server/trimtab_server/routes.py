@@ -16,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from trimtab_server.body import is_json, parse_object, read_body, require_json
 from trimtab_server.controls import FIELD, OFF, XARGS, Catalogue, refuse_own_xargs
-from trimtab_server.errors import BadRequestError, UnauthorizedError, UnknownModelError
+from trimtab_server.errors import BadRequestError, UnauthorizedError, UnknownModelError, WorkerTimeoutError
 from trimtab_server.exchange import exchange_of
 from trimtab_server.metrics import Metrics
 from trimtab_server.relay import relay
@@ -24,6 +24,7 @@ from trimtab_server.settings import Settings
 from trimtab_server.workers import State, Worker, Workers
 
 CHAT = "/v1/chat/completions"
+MODELS = "/v1/models"
 CONTROL_HEADER = b"x-trimtab-control"
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 
@@ -118,12 +119,21 @@ async def controls(here: Here) -> JSONResponse:
     return JSONResponse({"object": "list", "data": here.catalogue.describe()})
 
 
-@routes.get("/v1/models")
+@routes.get(MODELS)
 async def models(here: Here) -> JSONResponse:
     """The models of all workers that answer."""
-    answers = await _ask_all(here.workers, "/v1/models")
+    answers = await _ask_all(here.workers, MODELS)
     data = [model for body in answers.values() if body for model in json.loads(body)["data"]]
     return JSONResponse({"object": "list", "data": data})
+
+
+@routes.get(MODELS + "/{name:path}")
+async def model(here: Here, name: str) -> JSONResponse:
+    """One model, as its worker describes it; vLLM itself has no such endpoint."""
+    body = await here.worker(name).require_ready().probe(MODELS)
+    if body is None:
+        raise WorkerTimeoutError(f"The worker of {name!r} does not answer.", param="model")
+    return JSONResponse(json.loads(body)["data"][0])
 
 
 @routes.post(CHAT)

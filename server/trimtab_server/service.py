@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import socket
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -14,7 +15,7 @@ from trimtab_server.app import create_app
 from trimtab_server.command import PRIVATE_VLLM_KEY
 from trimtab_server.controls import Catalogue, load_controls
 from trimtab_server.metrics import Metrics
-from trimtab_server.settings import Settings
+from trimtab_server.settings import Settings, SettingsError
 from trimtab_server.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def run_gateway(settings: Settings, *, verbose: bool = False) -> int:
     """Serve until a signal. Returns the exit status.
 
     Raises:
-        SettingsError: a control's pack can't be read; nothing has been started.
+        SettingsError: a control's pack can't be read, or no log be written; nothing has been started.
     """
     _set_up_logging(settings.log_level)
     _warn_of_open_doors(settings)
@@ -62,11 +63,19 @@ def run_gateway(settings: Settings, *, verbose: bool = False) -> int:
         server_header=False,
         timeout_graceful_shutdown=round(settings.timeouts.drain),
     )
+    _make_directory(settings.logs)
     listener = config.bind_socket()
     server = GatewayServer(config)
     workers.on_all_failed = server.give_up
     server.run(sockets=[listener])
     return server.status
+
+
+def _make_directory(logs: Path) -> None:
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"logs: the directory can't be made: {error}") from error
 
 
 def _set_up_logging(level: str) -> None:

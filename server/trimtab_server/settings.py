@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from trimtab_processors.pack import ControlName
+from trimtab_processors.settings import DEFAULT_TABLES, PluginSettings
 
 CONTROL_PROCESSOR = "trimtab_processors.vllm_v1:ControlProcessor"
 API_KEYS_VARIABLE = "TRIMTAB_API_KEYS"
@@ -69,6 +70,12 @@ def _given(value: Any) -> Any:
     if value is None:
         raise ValueError("the flag has no value: write true for a flag without one")
     return value
+
+
+def _own_options(plugin: PluginSettings) -> PluginSettings:
+    if placed := plugin.model_fields_set & {"controls", "tables"}:
+        raise ValueError(f"{', '.join(sorted(placed))} stand at the top of the configuration, not here")
+    return plugin
 
 
 LocalPath = Annotated[Path, AfterValidator(_local)]
@@ -137,6 +144,8 @@ class ModelSettings(_Section):
     """The control of a request that names none."""
     controls: tuple[ControlName, ...] | None = None
     """Which controls the model offers; None: all."""
+    plugin: Annotated[PluginSettings, AfterValidator(_own_options)] = PluginSettings()
+    """Further options of the control plugin."""
     command: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """The program that is given vLLM's flags; None: vLLM in this Python."""
 
@@ -154,7 +163,7 @@ class Settings(_Section):
     restarts: Restarts = Restarts()
     max_body_bytes: Annotated[int, Field(gt=0)] = 32 * 2**20
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    tables: LocalPath = Field(default=Path("~/.cache/trimtab/tables"), validate_default=True)
+    tables: LocalPath = Field(default=DEFAULT_TABLES, validate_default=True)
     """Where mapping tables are kept."""
     logs: LocalPath = Field(default=Path("~/.cache/trimtab/logs"), validate_default=True)
     """Where the workers' output goes."""
@@ -230,12 +239,16 @@ def _describe(fault: Mapping[str, Any]) -> str:
 
 
 def _section(location: tuple[int | str, ...]) -> type[BaseModel]:
-    sections: dict[str, type[BaseModel]] = {
-        "timeouts": Timeouts,
-        "restarts": Restarts,
-        "models": ModelSettings,
-    }
-    return sections.get(str(location[0]), Settings) if len(location) > 1 else Settings
+    match location[:-1]:
+        case ("timeouts",):
+            return Timeouts
+        case ("restarts",):
+            return Restarts
+        case ("models", _):
+            return ModelSettings
+        case ("models", _, "plugin"):
+            return PluginSettings
+    return Settings
 
 
 def _require_known(place: str, names: tuple[str, ...], known: Mapping[str, str]) -> None:

@@ -47,6 +47,7 @@ def write_config(tmp_path):
 
     def write(config: dict) -> Path:
         path = tmp_path / "trimtab.yaml"
+        (tmp_path / "logs").mkdir(exist_ok=True)
         path.write_text(yaml.safe_dump({"logs": "logs", "tables": "tables", **config}))
         return path
 

@@ -81,6 +81,13 @@ def test_a_pack_that_cant_be_read_is_named(write_config, tmp_path, command):
     assert "strenght" in result.output
 
 
+def test_logs_that_cant_be_written_start_nothing(write_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("serve", str(write_config({"models": {"m": {"model": "x"}}, "logs": "file/logs"})))
+    assert result.exit_code == 2
+    assert "logs: the directory can't be made" in result.output
+
+
 def test_a_pack_without_a_tokenizer_is_named(write_config, tmp_path):
     (tmp_path / "empty").mkdir()
     result = run("check", str(write_config({"models": {"m": {"model": "x"}}, "controls": {"c": "empty"}})))

@@ -45,6 +45,13 @@ def test_the_plugin_is_told_of_the_models_controls(command, tmp_path):
     assert "--no-async-scheduling" in words
 
 
+def test_the_plugins_own_options_join_them(command):
+    words = command(controls={"c": "org/c"}, plugin={"neutral": False})
+    told = json.loads(value_of(words, "--additional-config"))["trimtab"]
+    assert (told["neutral"], told["controls"]) == (False, {"c": "org/c"})
+    assert "cache_bytes" not in told
+
+
 def test_without_controls_the_plugin_stays_out(command):
     words = command()
     assert "--logits-processors" not in words

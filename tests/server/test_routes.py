@@ -218,6 +218,14 @@ def test_models_are_those_of_the_workers_that_answer(start):
     assert [(m["id"], m["max_model_len"]) for m in listed["data"]] == [("b", 256)]
 
 
+def test_one_model_can_be_asked_for(start):
+    gateway = start(models={**TWO, "org/c": {"model": "."}})
+    assert gateway.client.get("/v1/models/org/c").json()["id"] == "org/c"
+    assert gateway.client.get("/v1/models/other").status_code == 404
+    gateway.workers["b"]._socket.unlink()
+    assert gateway.client.get("/v1/models/b").status_code == 504
+
+
 def test_metrics_are_one_valid_exposition_of_the_gateway_and_all_workers(start):
     gateway = start(models=TWO)
     gateway.chat(model="a")

@@ -78,6 +78,14 @@ def test_numbers_may_stand_for_text_in_the_environment(write_config):
             "timeouts.stat: unknown key; allowed here: connect, drain",
         ),
         ({"models": ONE, "timeouts": {"stop": 0}}, "timeouts.stop: Input should be greater than 0, got '0'"),
+        (
+            {"models": {"m": {"model": "x", "plugin": {"cache": 1}}}},
+            "models.m.plugin.cache: unknown key; allowed here: cache_bytes, controls, neutral, tables",
+        ),
+        (
+            {"models": {"m": {"model": "x", "plugin": {"tables": "t"}}}},
+            "models.m.plugin: tables stand at the top of the configuration, not here",
+        ),
         ({"models": ONE, "port": "x"}, "port: Input should be a valid integer"),
         ({"models": ONE, "log_level": "loud"}, "log_level: Input should be 'debug', 'info'"),
         ({"models": {"a b": {"model": "x"}}}, "models.a b: String should match pattern"),
