@@ -55,8 +55,7 @@ def evaluate(
 @contextmanager
 def failing_softly() -> Iterator[None]:
     """An error that a user can do something about ends the command with its message alone."""
-    from trimtab_training.recall import GateError
-    from trimtab_training.world import WorldError
+    from trimtab_training.world import GateError, WorldError
 
     try:
         yield

@@ -57,7 +57,7 @@ def demo(
             _show_answers(url, world)
             _console.print(rich_table(_measure(url, world), "What the control does, measured"))
             if not leave:
-                _console.print(_to_paste(url, world, log), highlight=False, markup=False, soft_wrap=True)
+                _console.out(_to_paste(url, world, log), highlight=False)
                 _keep(process, log)
 
 
@@ -100,9 +100,7 @@ def _require_free(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise ServerError(
-                f"port {port} is taken ({error.strerror}): choose another with --port"
-            ) from error
+            raise ServerError(f"port {port} is taken: choose another with --port") from error
 
 
 def _write_config(world: World, port: int) -> Path:
@@ -118,7 +116,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, world: World) -
 
         def report(states: States) -> None:
             for name, state in states.items():
-                progress.update(rows[name], description=_state(name, state), completed=state == "ready")
+                progress.update(rows[name], description=_state(name, state), completed=int(state == "ready"))
 
         wait_until_ready(process, url, log, report)
 
@@ -151,7 +149,7 @@ def _as_asked(question: Question) -> str:
     return question.text if question.kind.is_chat else f"{question.text} ..."
 
 
-def _shortened(answer: str, limit: int = 100) -> str:
+def _shortened(answer: str, limit: int = 60) -> str:
     text = " ".join(answer.split())
     return text if len(text) <= limit else f"{text[:limit]}..."
 

@@ -39,13 +39,18 @@ def markdown(results: ByModel) -> str:
 
 
 def rich_table(results: ByModel, title: str) -> Table:
-    strengths = " / ".join(f"{strength:g}" for strength in next(iter(results.values())))
-    table = Table(title=title, caption=f"share of answers at strength {strengths}", title_justify="left")
-    table.add_column("")
-    for model in results:
-        table.add_column(TITLES[model], justify="right")
-    for row in _rows(results):
-        table.add_row(*row)
+    """A section for each model, a row for each figure, a column for each strength."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("share of answers, at strength")
+    for strength in next(iter(results.values())):
+        table.add_column(f"{strength:g}", justify="right")
+    for model, by_strength in results.items():
+        table.add_row(TITLES[model], style="bold")
+        for figure in Figure:
+            table.add_row(
+                f"  {figure.value}", *(f"{figures[figure]:.2f}" for figures in by_strength.values())
+            )
+        table.add_section()
     return table
 
 
