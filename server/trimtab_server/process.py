@@ -16,7 +16,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-TAIL_LINES = 20
+TAIL_LINES = 50
 MAX_LOG_BYTES = 16 * 2**20
 _KILL_MARGIN_SECONDS = 5
 
