@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from trimtab_server.cli import app
 from trimtab_server.routes import open_routes
 from trimtab_server.settings import load_settings
-from trimtab_training.families import BASES
+from trimtab_training.families import FAMILIES
 from trimtab_training.world import CONTROL
 
 ROOT = Path(__file__).parents[2]
@@ -143,7 +143,7 @@ class TestCompose:
 @pytest.fixture
 def settings(tmp_path):
     """What the gateway reads, with the volume at `tmp_path` and an empty world in it."""
-    for name in (*BASES, CONTROL):
+    for name in (*FAMILIES, CONTROL):
         (tmp_path / "world" / name).mkdir(parents=True)
     text = (ROOT / "deploy/world.yaml").read_text(encoding="utf-8")
     (tmp_path / "config.yaml").write_text(text.replace(HOME, str(tmp_path)), encoding="utf-8")
@@ -153,7 +153,7 @@ def settings(tmp_path):
 class TestConfiguration:
     def test_all_of_the_worlds_models_are_served_with_its_control(self, settings, tmp_path):
         served = {name: Path(model.model) for name, model in settings.models.items()}
-        assert served == {name: tmp_path / "world" / name for name in BASES}
+        assert served == {name: tmp_path / "world" / name for name in FAMILIES}
         assert [Path(place) for place in settings.controls.values()] == [tmp_path / "world" / CONTROL]
 
     def test_the_gateway_listens_where_compose_publishes(self, settings):
