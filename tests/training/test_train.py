@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import tiny
+from trimtab_training import architectures
 from trimtab_training.data import PAD_MULTIPLE, Item, Lesson, collate
 from trimtab_training.settings import ControlSettings
 from trimtab_training.train import Template, answer_logits, lesson_loss, train_control
@@ -59,10 +60,39 @@ def test_training_teaches_the_sum_and_leaves_the_template_as_it_was():
     torch.nn.init.zeros_(control.lm_head.weight)
     before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
     lesson = Lesson("imitate", ITEMS, 4)
-    history = train_control(Template(frozen, PAD), control, [lesson], ControlSettings(steps=60))
+    history = train_control(Template(frozen, PAD), control, [lesson], ControlSettings(steps=150))
     assert history[0] > 2
     assert history[-1] < 0.5
     assert all(torch.equal(before[name], tensor) for name, tensor in frozen.state_dict().items())
     shift = answer_logits(control, ITEMS, PAD, grad=False)
     summed = Template(frozen, PAD).log_probs(ITEMS) + shift
     assert summed.argmax(dim=1).tolist() == [token for item in ITEMS for token in item.answer]
+
+
+def test_an_untrained_control_shifts_nothing():
+    """Training starts from the template's own distribution."""
+    control = architectures.control(tiny.byte_level(300), 64, 1)
+    assert not answer_logits(control, ITEMS, PAD, grad=False).any()
+
+
+def test_what_is_retained_stays_while_something_else_is_learned():
+    """Prompts of the two lessons differ in one token."""
+    frozen, control = Template(model(0, width=128), PAD), model(1)
+    torch.nn.init.zeros_(control.lm_head.weight)
+    lessons = [Lesson("imitate", ITEMS[:2], 4), Lesson("retain", ITEMS[2:], 4)]
+    train_control(frozen, control, lessons, ControlSettings(steps=60))
+    shift = answer_logits(control, ITEMS[2:], PAD, grad=False)
+    divergence = lesson_loss(frozen.log_probs(ITEMS[2:]), shift, 1.0, [(lessons[1], ITEMS[2:])])
+    assert divergence < 0.1
+
+
+def test_the_same_seed_trains_the_same_control():
+    """Drawing of items and of strengths included."""
+    told: list[tuple[int, int]] = []
+
+    def trained(progress=lambda *_: None) -> list[float]:
+        lesson = Lesson("imitate", ITEMS, 2)
+        return train_control(Template(model(0), PAD), model(1), [lesson], ControlSettings(steps=3), progress)
+
+    assert trained() == trained(lambda *steps: told.append(steps))
+    assert told == [(1, 3), (2, 3), (3, 3)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conftest import miniature
+from miniature import miniature
 from trimtab_mappings.vocabulary import load_vocabulary
 from trimtab_processors.pack import load_pack
 from trimtab_training import cli
@@ -69,6 +69,14 @@ def test_a_base_model_that_has_not_learned_its_facts_stops_the_making(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_world_that_is_described_otherwise_is_made_anew(tmp_path):
+    """By an older or a newer version."""
+    directory = tmp_path / "world"
+    directory.mkdir()
+    (directory / "world.json").write_text('{"version": 0}')
+    assert make_world(directory, 5, settings=miniature(), jobs=1) == load_world(directory)
+
+
 def test_a_directory_with_something_else_in_it_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(WorldError, match="is not empty and holds no world"):
@@ -77,7 +85,7 @@ def test_a_directory_with_something_else_in_it_is_left_alone(tmp_path):
 
 
 def test_recall_counts_the_facts_that_are_completed(mini_world):
-    """A model that gives every token the same logits completes none; the same one, told the answer, all."""
+    """A model that gives every token the same logits completes none."""
     loaded = load(mini_world.models["a"])
     torch.nn.init.zeros_(loaded.model.get_output_embeddings().weight)
     assert recall(loaded.model, loaded.tokenizer, mini_world.people) == 0

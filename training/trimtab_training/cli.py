@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from trimtab_training.report import ByModel
     from trimtab_training.world import World
 
-app = typer.Typer(help="The small world in which cross-model control can be seen.", no_args_is_help=True)
+app = typer.Typer(
+    help="The small world in which cross-model control can be seen.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 Directory = Annotated[Path, typer.Argument(help="Where the world is, or is to be made.")]
 Seed = Annotated[int, typer.Option(help="Everything that is drawn comes from it.")]
@@ -83,7 +88,10 @@ def make_visibly(directory: Path, seed: int) -> World:
 
 
 def _evaluated(world: World) -> ByModel:
+    from transformers.utils import logging
+
     from trimtab_training.evaluate import evaluate as measure
     from trimtab_training.offline import offline_answer
 
+    logging.disable_progress_bar()
     return {model: measure(world.held_out, offline_answer(world, model)) for model in world.models}

@@ -62,7 +62,7 @@ def demo(
 
 
 def server_config(world: World, port: int) -> dict[str, Any]:
-    """The configuration of `trimtab serve`: a worker for each model, on the cores in turn, one thread each."""
+    """The configuration of `trimtab serve`: a worker of one thread for each model, on the cores in turn."""
     cores = sorted(os.sched_getaffinity(0))
     return {
         "host": HOST,

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from trimtab_training.cache import content_key, made_whole
 from trimtab_training.people import Person, make_people
@@ -122,12 +122,11 @@ class World(BaseModel):
 
 
 def load_world(directory: Path) -> World | None:
-    """Read the world in `directory`; None if there is none."""
+    """Read the world in `directory`; None if there is none, or one that another version described otherwise."""
     try:
-        text = (directory / _WORLD_FILE).read_text(encoding="utf-8")
-    except FileNotFoundError:
+        world = World.model_validate_json((directory / _WORLD_FILE).read_bytes())
+    except (FileNotFoundError, ValidationError):
         return None
-    world = World.model_validate_json(text)
     return world.model_copy(update={"directory": directory.absolute()})
 
 
@@ -156,7 +155,7 @@ def make_world(
     present = load_world(directory)
     if present is not None and present.key == key:
         return present
-    if present is None and directory.exists() and any(directory.iterdir()):
+    if directory.exists() and any(directory.iterdir()) and not (directory / _WORLD_FILE).is_file():
         raise WorldError(f"{directory} is not empty and holds no world: name another directory")
     from trimtab_training.making import make_models  # noqa: PLC0415 - reading a world needs no torch
 
@@ -169,7 +168,7 @@ def make_world(
             seed=seed,
             people=settings.draw_people(seed),
             trained=settings.trained,
-            settings=asdict(settings),
+            settings=TypeAdapter(WorldSettings).dump_python(settings, mode="json"),
             recall=shares,
             seconds=round(time.monotonic() - start, 1),
         )
