@@ -50,7 +50,7 @@ def demo(
     with signals_as_exits(), _failing_softly():
         _require_free(port)
         world = make_visibly(directory, seed)
-        config, log = _write_config(world, port), directory.with_name("server.log")
+        config, log = _write_config(world, port), world.directory.with_name("server.log")
         url = f"http://{HOST}:{port}"
         with serving(config, log) as process:
             _wait(process, url, log, world)

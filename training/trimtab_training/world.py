@@ -122,7 +122,7 @@ class World(BaseModel):
 
 
 def load_world(directory: Path) -> World | None:
-    """Read the world in `directory`; None if there is none, or one that another version described otherwise."""
+    """Read the world in `directory`; None if there is none, or one of another version's description."""
     try:
         world = World.model_validate_json((directory / _WORLD_FILE).read_bytes())
     except (FileNotFoundError, ValidationError):
