@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from trimtab_training.child import signals_as_exits
+
 if TYPE_CHECKING:
     from trimtab_training.report import ByModel
     from trimtab_training.world import World
@@ -29,7 +31,7 @@ Seed = Annotated[int, typer.Option(help="Everything that is drawn comes from it.
 @app.command()
 def make(directory: Directory, seed: Seed = 1) -> None:
     """Make the world in DIRECTORY: three base models and a control. Takes minutes, once."""
-    with failing_softly():
+    with signals_as_exits(), failing_softly():
         world = make_visibly(directory, seed)
     print(json.dumps({"world": str(world.directory), "seconds": world.seconds, "recall": world.recall}))
 
@@ -45,7 +47,7 @@ def evaluate(
     """Measure what the control does to each model, offline, in the world of each seed; and the medians."""
     from trimtab_training.report import markdown, medians, plain
 
-    with failing_softly():
+    with signals_as_exits(), failing_softly():
         measured = {seed: _evaluated(make_visibly(directory / str(seed), seed)) for seed in seeds}
     tables = {f"seed {seed}": results for seed, results in measured.items()}
     tables["median"] = medians(list(measured.values()))

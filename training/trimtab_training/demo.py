@@ -149,7 +149,7 @@ def _as_asked(question: Question) -> str:
     return question.text if question.kind.is_chat else f"{question.text} ..."
 
 
-def _shortened(answer: str, limit: int = 60) -> str:
+def _shortened(answer: str, limit: int = 120) -> str:
     text = " ".join(answer.split())
     return text if len(text) <= limit else f"{text[:limit]}..."
 
