@@ -15,7 +15,7 @@ from trimtab_server.cli import app
 from trimtab_server.routes import open_routes
 from trimtab_server.settings import load_settings
 from trimtab_training.families import FAMILIES
-from trimtab_training.world import CONTROL
+from trimtab_training.world import CONTROL, CONTROL_NAME
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
@@ -154,7 +154,7 @@ class TestConfiguration:
     def test_all_of_the_worlds_models_are_served_with_its_control(self, settings, tmp_path):
         served = {name: Path(model.model) for name, model in settings.models.items()}
         assert served == {name: tmp_path / "world" / name for name in FAMILIES}
-        assert [Path(place) for place in settings.controls.values()] == [tmp_path / "world" / CONTROL]
+        assert settings.controls == {CONTROL_NAME: str(tmp_path / "world" / CONTROL)}
 
     def test_the_gateway_listens_where_compose_publishes(self, settings):
         (published,) = SERVICES["gateway"]["ports"]

@@ -170,6 +170,6 @@ def test_a_wrong_request_is_refused_in_the_front_end(xargs, said):
 @pytest.mark.usefixtures("command_line")
 def test_a_right_request_passes_the_front_end():
     """With and without control."""
-    ControlProcessor.validate_params(SamplingParams())
+    assert ControlProcessor.validate_params(SamplingParams()) is None
     xargs = {"trimtab_control": "control", "trimtab_prompt": [1, 599]}
-    ControlProcessor.validate_params(SamplingParams(extra_args=xargs))
+    assert ControlProcessor.validate_params(SamplingParams(extra_args=xargs)) is None
