@@ -1,4 +1,4 @@
-FROM python:3.11-slim-bookworm AS build
+FROM python:3.11-slim-bookworm AS dependencies
 
 # Where packages come from, where it is not the default of pip and uv.
 ARG PIP_INDEX_URL
@@ -26,8 +26,10 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     set -- --no-deps --excludes requirements/image-excludes.txt -r requirements/cpu.txt \
     && { /uv/bin/uv pip install "$@" || /uv/bin/uv pip install --torch-backend cpu "$@"; }
 
+
+FROM dependencies AS build
 COPY . .
-RUN /uv/bin/uv pip install --no-cache --no-deps --no-build-isolation .
+RUN /uv/bin/uv build --wheel --no-build-isolation --no-cache --out-dir /dist
 
 
 FROM python:3.11-slim-bookworm
@@ -40,8 +42,12 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ libnuma1 \
     && rm -rf /var/lib/apt/lists/*
 
-COPY --from=build /venv /venv
 RUN useradd --uid 1000 --create-home --home-dir /var/lib/trimtab trimtab
+COPY --from=dependencies /venv /venv
+# A layer of its own, so that a change of ours is a small one.
+RUN --mount=type=bind,from=dependencies,source=/uv,target=/uv \
+    --mount=type=bind,from=build,source=/dist,target=/dist \
+    /uv/bin/uv pip install --python /venv --no-cache --no-deps --compile-bytecode /dist/*.whl
 
 ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1
