@@ -1,4 +1,4 @@
-"""One gateway with three real engines for all tests here."""
+"""One gateway with three real engines for each module here; they end before the next one starts others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from serving import ENGINE, engine_environment, gateway
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(family, tmp_path_factory):
     """The family's three targets, each in a real vLLM engine, and its control; the base URL."""
     directory = tmp_path_factory.mktemp("server")
