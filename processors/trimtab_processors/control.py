@@ -76,6 +76,11 @@ class Control:
         ]
         encoder = ByteEncoder(self._tokenizer, vocabulary)
         table = cached_table(target.vocabulary, encoder, tables)
+        if (highest := int(table.mapping.max(initial=-1))) >= self.vocab_size:
+            raise PackError(
+                f"control {name!r}: its tokenizer has token {highest}, but its model only {self.vocab_size}"
+                " logits; drop the added tokens from the tokenizer, or resize the model's embeddings"
+            )
         self.aligner = Aligner(target.vocabulary, encoder, table)
         self.routing: Routing = PmMined(table.mapping, target.width, neutral=neutral, device=target.device)
         self.max_context = min(part.model.max_context for part in self.parts)
@@ -89,7 +94,7 @@ class Control:
         """
         if own is None or any(token >= self.vocab_size for token in own):
             own = self._tokenizer(self.aligner.prompt_text(target_prompt)).input_ids
-        return list(own) or self._beginning[:1]
+        return [token for token in own if token < self.vocab_size] or self._beginning[:1]
 
     @property
     def vocab_size(self) -> int:

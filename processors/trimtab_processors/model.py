@@ -90,15 +90,39 @@ class ControlModel:
 
     def _make_pool(self, cache_bytes: int) -> None:
         """Make a pool of `cache_bytes`, or of one whole context where that is more."""
-        self._cache, self.pool = KeyValues(BLOCK_SIZE), BlockPool(1)
+        self._cache, self.pool = KeyValues(2 * BLOCK_SIZE), BlockPool(2)
         try:
-            probe = CachedSequence(tokens=[0])
-            self.run([probe])
-            self.release(probe)
-        except (TypeError, NotImplementedError, RuntimeError) as error:
-            raise PackError(f"control model {self.location!r} can't be run: {error}") from error
-        blocks = max(cache_bytes // max(self._cache.bytes, 1), blocks_for(self.max_context))
+            self._probe()
+        except (AttributeError, TypeError, KeyError, NotImplementedError, RuntimeError) as error:
+            raise PackError(f"control model {self.location!r} can't be run: {error!r}") from error
+        block_bytes = self._cache.bytes // 2
+        blocks = max(cache_bytes // block_bytes, blocks_for(self.max_context))
         self._cache, self.pool = KeyValues(blocks * BLOCK_SIZE), BlockPool(blocks)
+
+    def _probe(self) -> None:
+        """Make sure that sequences do not see each other, nor a sequence what it was not given.
+
+        Layers that bypass the attention interface (convolutions, state spaces) would take the flat batch for
+        one sequence, and let one request's text steer another's.
+
+        Raises:
+            PackError: they do.
+        """
+        together = [CachedSequence(tokens=[1, 2, 3]), CachedSequence(tokens=[4, 5, 6, 7, 8])]
+        self.run(together)
+        for sequence in together:
+            sequence.change([*sequence.tokens, 9], len(sequence.tokens))
+        self.run(together)
+        for sequence in together:
+            self.release(sequence)
+            alone = CachedSequence(tokens=list(sequence.tokens))
+            self.run([alone])
+            self.release(alone)
+            if not self._cache.bytes or not _equal(alone.row, sequence.row):
+                raise PackError(
+                    f"control model {self.location!r} has layers that mix the sequences of a batch: only"
+                    " decoders whose every layer is attention can be controls"
+                )
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[CachedSequence]) -> None:
@@ -193,3 +217,8 @@ class ControlModel:
             positions=first[:, None] + torch.arange(count, device=self.device),
             slots=slots.flatten(1),
         )
+
+
+def _equal(left: Tensor | None, right: Tensor | None) -> bool:
+    """Whether two rows are the same but for rounding."""
+    return left is not None and right is not None and torch.allclose(left, right, atol=1e-2, rtol=1e-2)

@@ -76,7 +76,8 @@ def apply_shift(logits: Tensor, rows: Sequence[int], shift: Tensor, strengths: T
     Returns:
         bool [requests]: which rows were shifted.
     """
-    finite = shift.isfinite().all(dim=1)
-    scaled = torch.where(finite[:, None], shift * strengths[:, None], 0.0)
+    scaled = shift * strengths[:, None]
+    finite = scaled.isfinite().all(dim=1)
+    scaled = torch.where(finite[:, None], scaled, 0.0)
     logits.index_add_(0, torch.tensor(rows, device=logits.device), scaled.to(logits.dtype))
     return finite

@@ -41,7 +41,9 @@ class Prompter:
                 add_generation_prompt=bool(body.get("add_generation_prompt", not continues)),
                 continue_final_message=continues,
             )
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
+            # A batch of one: unlike a single text, it is encoded without Python's global lock, so that other
+            # requests go on meanwhile.
+            return list(self._backend.encode_batch([text], add_special_tokens=False)[0].ids)
         except Exception as error:  # a template is data, and fails in any way it likes
             message = f"The control's chat template can't render these messages: {error}"
             raise BadRequestError(message, param="messages") from error

@@ -65,6 +65,7 @@ def run_gateway(settings: Settings, *, verbose: bool = False) -> int:
     )
     _make_directory(settings.logs)
     listener = config.bind_socket()
+    listener.set_inheritable(False)  # else a worker's launcher would keep the port after a hard end
     server = GatewayServer(config)
     workers.on_all_failed = server.give_up
     server.run(sockets=[listener])

@@ -72,3 +72,10 @@ def test_a_shift_that_is_not_finite_leaves_its_row_alone(broken):
     done = apply_shift(logits, [0, 1], torch.tensor([[broken, 1.0], [1.0, 1.0]]), torch.ones(2))
     assert done.tolist() == [False, True]
     assert logits.tolist() == [[1.0, 1.0], [2.0, 2.0]]
+
+
+def test_a_shift_that_its_strength_makes_infinite_leaves_its_row_alone():
+    """What counts is what would be added."""
+    logits = torch.tensor([[-torch.inf, 0.0]])
+    assert apply_shift(logits, [0], torch.tensor([[1e38, 1.0]]), torch.tensor([10.0])).tolist() == [False]
+    assert logits.tolist() == [[-torch.inf, 0.0]]
