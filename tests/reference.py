@@ -159,7 +159,7 @@ def unfinished(data: bytes) -> bytes:
     """The bytes at the end that begin a character without ending it."""
     for length in (3, 2, 1):
         tail = data[-length:]
-        # A decoder sees only at the third byte that this is half of a surrogate pair, which UTF-8 does not have.
+        # Only the third byte tells a decoder that this is half of a surrogate pair, which UTF-8 lacks.
         if len(tail) == 2 and tail[0] == 0xED and 0xA0 <= tail[1] <= 0xBF:
             return tail
         for filler in (b"\x80", b"\x80\x80", b"\x80\x80\x80", b"\xa0", b"\xa0\x80", b"\x90\x80\x80"):
