@@ -1,22 +1,22 @@
 """Mapping tables: which token of a control model's vocabulary stands for each token of a target's."""
 
-from trimtab_mappings.encoder import ByteEncoder, load_encoder
-from trimtab_mappings.pm_mined import match
-from trimtab_mappings.table import Coverage, MappingTable, TableError, build_table, cached_table
-from trimtab_mappings.vocabulary import (
-    ROLES,
-    Vocabulary,
-    VocabularyError,
-    load_tokenizer,
-    load_vocabulary,
-    read_vocabulary,
-)
+from trimtab_mappings.building import build_table, cached_table
+from trimtab_mappings.decoding import VocabularyError
+from trimtab_mappings.encoder import ByteEncoder
+from trimtab_mappings.loading import load_encoder, load_tokenizer, load_vocabulary
+from trimtab_mappings.pm_mined import nearest
+from trimtab_mappings.strategies import STRATEGIES, Strategy
+from trimtab_mappings.table import Coverage, Kind, MappingTable, TableError
+from trimtab_mappings.vocabulary import ROLES, Vocabulary, read_vocabulary
 
 __all__ = [
     "ROLES",
+    "STRATEGIES",
     "ByteEncoder",
     "Coverage",
+    "Kind",
     "MappingTable",
+    "Strategy",
     "TableError",
     "Vocabulary",
     "VocabularyError",
@@ -25,6 +25,6 @@ __all__ = [
     "load_encoder",
     "load_tokenizer",
     "load_vocabulary",
-    "match",
+    "nearest",
     "read_vocabulary",
 ]

@@ -3,40 +3,165 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from trimtab_mappings.encoder import load_encoder
-from trimtab_mappings.table import build_table
-from trimtab_mappings.vocabulary import VocabularyError, load_vocabulary
+from trimtab_mappings.building import build_table
+from trimtab_mappings.decoding import VocabularyError
+from trimtab_mappings.inspection import compare, count_tokens, look_up, summarize
+from trimtab_mappings.loading import load_encoder, load_vocabulary
+from trimtab_mappings.report import Report, print_report, to_json, write_html
+from trimtab_mappings.scoring import find_meetings, score
+from trimtab_mappings.strategies import DEFAULT, STRATEGIES
+from trimtab_mappings.table import MappingTable, TableError
+from trimtab_mappings.texts import TextError, read_texts
+from trimtab_mappings.views import (
+    coverage_section,
+    difference_report,
+    lookup_report,
+    score_report,
+    summary_report,
+    table_facts,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Mapping tables between vocabularies.")
 
-
-@app.callback()
-def _group() -> None:
-    """Keep `build` a command of its own: Typer would take the only one for the whole program."""
+Table = Annotated[Path, typer.Argument(metavar="TABLE", help="A table, as `build` writes it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Html = Annotated[Path | None, typer.Option("--html", help="Write a page to this file.", dir_okay=False)]
+Text = Annotated[
+    list[Path], typer.Option("--text", help="A text file; of a .jsonl, each line's `text`. May be repeated.")
+]
+_MODEL = "a directory or a hub id"
 
 
 @app.command()
 def build(
-    target: Annotated[str, typer.Option(help="The served model: a directory or a hub id.")],
-    control: Annotated[str, typer.Option(help="The control model: a directory or a hub id.")],
+    target: Annotated[str, typer.Option(help=f"The served model: {_MODEL}.")],
+    control: Annotated[str, typer.Option(help=f"The control model: {_MODEL}.")],
     output: Annotated[Path, typer.Option(help="The file to write.", dir_okay=False)],
+    strategy: Annotated[str, typer.Option(help=f"One of: {', '.join(STRATEGIES)}.")] = DEFAULT,
+    as_json: Json = False,
+    html: Html = None,
 ) -> None:
     """Build the table that carries a control's shift into a target's vocabulary."""
-    try:
+    with _refusals():
         served, encoder = load_vocabulary(target), load_encoder(control)
         start = time.perf_counter()
-        table = build_table(served, encoder)
+        table = build_table(served, encoder, strategy)
         seconds = time.perf_counter() - start
         table.save(output)
-    except (VocabularyError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    rows = len(table.mapping)
-    typer.echo(f"{output}: {rows} rows in {seconds:.2f} s")
-    for kind, count in table.coverage._asdict().items():
-        typer.echo(f"  {kind:<11} {count:>8} {count / max(rows, 1):7.1%}")
+        title = f"{output}: {len(table.mapping)} rows in {seconds:.2f} s"
+        report = Report(title, table_facts(table), [coverage_section(table.coverage)])
+        result = {"output": str(output), "seconds": seconds, "coverage": table.coverage}
+        _emit(result, report, as_json=as_json, html=html)
+
+
+@app.command()
+def show(
+    table: Table,
+    text: Text = [],  # noqa: B006 - Typer's way to an option that may be repeated
+    target: Annotated[
+        str | None, typer.Option(help=f"Where the target's tokenizer is now, for --text: {_MODEL}.")
+    ] = None,
+    worst: Annotated[int, typer.Option(min=0, help="How many of the worst rows to show.")] = 20,
+    as_json: Json = False,
+    html: Html = None,
+) -> None:
+    """Show how much of a table is exact, how far its other rows are off, and which are the worst."""
+    with _refusals():
+        loaded = MappingTable.load(table)
+        texts = read_texts(text)
+        uses = count_tokens(loaded, load_encoder(target or loaded.target_name), texts) if texts else None
+        summary = summarize(loaded, uses, worst=worst)
+        _emit(summary, summary_report(summary), as_json=as_json, html=html)
+
+
+@app.command()
+def lookup(
+    table: Table,
+    token: Annotated[list[str], typer.Argument(help="A token's text, `#` and its id, or bytes as <E4 B8>.")],
+    near: Annotated[int, typer.Option(min=0, help="How many neighbours to show.")] = 10,
+    as_json: Json = False,
+    html: Html = None,
+) -> None:
+    """Show what target tokens map to, what else is near, and how the control spells them."""
+    with _refusals():
+        loaded = MappingTable.load(table)
+        lookups = [found for each in token for found in look_up(loaded, each, near=near)]
+        _emit(lookups, lookup_report(loaded, lookups), as_json=as_json, html=html)
+
+
+@app.command()
+def diff(before: Table, after: Table, as_json: Json = False, html: Html = None) -> None:
+    """Show the rows in which two tables of one target differ; ends with 1 where there are any, as diff does."""
+    with _refusals():
+        old, new = MappingTable.load(before), MappingTable.load(after)
+        difference = compare(old, new)
+        _emit(difference, difference_report(old, new, difference), as_json=as_json, html=html)
+    raise typer.Exit(1 if difference.changes or difference.segments else 0)
+
+
+@app.command()
+def check(
+    table: Table,
+    target: Annotated[str, typer.Option(help=f"The served model: {_MODEL}.")],
+    control: Annotated[str, typer.Option(help=f"The control model: {_MODEL}.")],
+    as_json: Json = False,
+    html: Html = None,
+) -> None:
+    """Check that a table is whole, and for these two tokenizers."""
+    with _refusals():
+        loaded = MappingTable.load(table)
+        loaded.check(load_vocabulary(target), load_vocabulary(control))
+        result = {"table": str(table), "target": target, "control": control, "strategy": loaded.strategy}
+        report = Report(f"{table} is whole, and for these two", table_facts(loaded))
+        _emit(result, report, as_json=as_json, html=html)
+
+
+@app.command(name="score")
+def score_(
+    table: Table,
+    text: Text,
+    target: Annotated[str | None, typer.Option(help=f"Where the target's tokenizer is now: {_MODEL}.")] = None,
+    control: Annotated[str | None, typer.Option(help=f"Where the control's tokenizer is now: {_MODEL}.")] = None,
+    as_json: Json = False,
+    html: Html = None,
+) -> None:
+    """Measure on text how often a table, and each strategy beside it, names the control's own next token."""
+    with _refusals():
+        loaded = MappingTable.load(table)
+        served, encoder = (
+            load_encoder(path) for path in (target or loaded.target_name, control or loaded.control_name)
+        )
+        loaded.check(served.vocabulary, encoder.vocabulary)
+        meetings = find_meetings(served, encoder, read_texts(text))
+        others = [name for name in STRATEGIES if name != loaded.strategy]
+        tables = [loaded, *(build_table(served.vocabulary, encoder, name) for name in others)]
+        scores = [score(each, meetings) for each in tables]
+        _emit(scores, score_report(loaded, meetings, scores), as_json=as_json, html=html)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what can be wrong with a user's input into a message and the exit status 2."""
+    try:
+        yield
+    except (TableError, VocabularyError, TextError, OSError, ValueError, KeyError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        typer.echo(f"error: {message}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _emit(result: Any, report: Report, *, as_json: bool, html: Path | None) -> None:
+    if as_json:
+        typer.echo(to_json(result))
+    if html:
+        write_html(report, html)
+        typer.echo(f"wrote {html}", err=True)
+    if not as_json and not html:
+        print_report(report)

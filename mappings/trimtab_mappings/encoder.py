@@ -8,13 +8,8 @@ import re
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from trimtab_mappings.vocabulary import (
-    SPACE_SIGN,
-    Vocabulary,
-    backend_of,
-    load_tokenizer,
-    read_vocabulary,
-)
+from trimtab_mappings.decoding import SPACE_SIGN
+from trimtab_mappings.vocabulary import Vocabulary, backend_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +19,7 @@ if TYPE_CHECKING:
 
 _Step = dict[str, Any]
 _WORD = re.compile(r"\s*\S+|\s+")
+_BATCH = 4096  # pieces: enough to be fast, few enough to need little memory
 _UNDECODABLE = re.compile("([\udc80-\udcff]+)")
 
 
@@ -40,6 +36,7 @@ class ByteEncoder:
         Raises:
             VocabularyError: the tokenizer is slow, or its tokens do not join to text.
         """
+        self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self._backend = _plain_copy(backend_of(tokenizer, vocabulary.name))
         self._unknown = list(vocabulary.roles.get("unk", ()))
@@ -56,16 +53,23 @@ class ByteEncoder:
         return self._encode_text(text), decoder.getstate()[0]
 
     def encode_all(self, pieces: Sequence[bytes]) -> list[list[int]]:
-        """Encode each of `pieces` by itself, in one batch, and to its last byte: nothing waits."""
-        texts = [piece.decode("utf-8", "surrogateescape") for piece in pieces]
-        plain = [text for text in dict.fromkeys(texts) if not _UNDECODABLE.search(text)]
+        """Encode each of `pieces` by itself, in batches, and to its last byte: nothing waits."""
+        encoded: list[list[int]] = []
+        for start in range(0, len(pieces), _BATCH):
+            texts = [piece.decode("utf-8", "surrogateescape") for piece in pieces[start : start + _BATCH]]
+            encoded += self._encode_batch(texts)
+        return encoded
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        plain = [text for text in texts if not _UNDECODABLE.search(text)]
         encodings = self._backend.encode_batch_fast(plain, add_special_tokens=False)
-        found = {
-            text: encoding.ids
-            for text, encoding in zip(plain, encodings, strict=True)
-            if self._joined(encoding.ids) == text.encode()
-        }
-        return [found[text] if text in found else self._encode_text(text) for text in texts]
+        found = dict(zip(plain, (encoding.ids for encoding in encodings), strict=True))
+        return [
+            ids
+            if (ids := found.get(text)) is not None and self.join(ids) == text.encode()
+            else self._encode_text(text)
+            for text in texts
+        ]
 
     def _encode_text(self, text: str) -> list[int]:
         """Encode `text`, in which bytes that are not UTF-8 stand as surrogates."""
@@ -79,20 +83,21 @@ class ByteEncoder:
 
     def _encode_run(self, text: str) -> list[int]:
         ids = self._encode_natively(text)
-        if self._joined(ids) == text.encode():
+        if self.join(ids) == text.encode():
             return ids
         return [token_id for word in _WORD.findall(text) for token_id in self._encode_word(word)]
 
     def _encode_word(self, word: str) -> list[int]:
         ids = self._encode_natively(word)
         data = word.encode()
-        return ids if self._joined(ids) == data else self._spell(data)
+        return ids if self.join(ids) == data else self._spell(data)
 
     def _encode_natively(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _joined(self, ids: Iterable[int]) -> bytes:
+    def join(self, ids: Iterable[int]) -> bytes:
+        """The bytes of these tokens."""
         tokens = self.vocabulary.tokens
         return b"".join([tokens[i] for i in ids])
 
@@ -116,16 +121,6 @@ class ByteEncoder:
     @cached_property
     def _longest_token(self) -> int:
         return max(map(len, self.vocabulary.ids), default=0)
-
-
-def load_encoder(path_or_id: str) -> ByteEncoder:
-    """The encoder of the control in a directory or of a hub id.
-
-    Raises:
-        VocabularyError: the tokenizer can't be loaded, or not be read as bytes.
-    """
-    tokenizer = load_tokenizer(path_or_id)
-    return ByteEncoder(tokenizer, read_vocabulary(tokenizer, path_or_id))
 
 
 def _bytes(text: str) -> bytes:

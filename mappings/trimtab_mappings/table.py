@@ -1,48 +1,80 @@
-"""Mapping tables: made from two vocabularies, kept in a file, checked before they are used."""
+"""Mapping tables: what is in them, kept in a file, and checked before they are used."""
 
 from __future__ import annotations
 
-import logging
+import hashlib
+import json
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from enum import IntEnum
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from trimtab_mappings.pm_mined import match
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from trimtab_mappings.encoder import ByteEncoder
     from trimtab_mappings.vocabulary import Vocabulary
 
 FORMAT = "trimtab-mapping"
-VERSION = "1"
-_TENSORS = {"mapping": np.int32, "exact": np.bool_, "segment_offsets": np.int32, "segment_ids": np.int32}
-_TEXTS = ("target_fingerprint", "control_fingerprint", "target_name", "control_name")
-
-_log = logging.getLogger(__name__)
+VERSION = 2
+_TENSORS = {
+    "mapping": np.int32,
+    "exact": np.bool_,
+    "segment_offsets": np.int32,
+    "segment_ids": np.int32,
+    "target_offsets": np.int32,
+    "target_bytes": np.uint8,
+    "control_offsets": np.int32,
+    "control_bytes": np.uint8,
+}
+_RAGGED = {
+    "segment_offsets": "segment_ids",
+    "target_offsets": "target_bytes",
+    "control_offsets": "control_bytes",
+}
+_TEXTS = ("strategy", "target_name", "control_name", "target_fingerprint", "control_fingerprint")
 
 
 class TableError(ValueError):
     """A mapping table that can't be used; the message says which, why, and what to run."""
 
 
+class Kind(IntEnum):
+    """Why a target token receives the shift that it receives."""
+
+    NONE = 0
+    """It receives no token's shift: nothing fits."""
+    EXACT = 1
+    """The control token has the same bytes."""
+    PREFIX = 2
+    """The control token is a proper prefix of it."""
+    EXTENSION = 3
+    """It is a proper prefix of the control token."""
+    ROLE = 4
+    """Both are special tokens of one role."""
+
+
 class Coverage(NamedTuple):
-    """How many target tokens have a control token of the same bytes, another one, or none."""
+    """How many target tokens are mapped, by kind; see `Kind`."""
 
     exact: int
-    approximate: int
+    prefix: int
+    extension: int
+    role: int
     none: int
 
 
 @dataclass(frozen=True, eq=False)
 class MappingTable:
-    """Which control token's shift each target token receives, and how the control spells that token."""
+    """Which control token's shift each target token receives, and how the control spells that token.
+
+    The bytes of both vocabularies are in it, so that a table can be inspected without their tokenizers.
+    """
 
     mapping: NDArray[np.int32]
     """[V_target]: control ids; -1 where nothing fits."""
@@ -52,10 +84,20 @@ class MappingTable:
     """[V_target + 1]: where each token's segment starts in `segment_ids`, and where the last ends."""
     segment_ids: NDArray[np.int32]
     """[sum of lengths]: control ids; token t is `segment_ids[segment_offsets[t]:segment_offsets[t + 1]]`."""
-    target_fingerprint: str
-    control_fingerprint: str
+    target_offsets: NDArray[np.int32]
+    """[V_target + 1]: where each target token starts in `target_bytes`, and where the last ends."""
+    target_bytes: NDArray[np.uint8]
+    """[sum of lengths]: the target's tokens; special tokens and unused ids are empty."""
+    control_offsets: NDArray[np.int32]
+    """[V_control + 1]: where each control token starts in `control_bytes`, and where the last ends."""
+    control_bytes: NDArray[np.uint8]
+    """[sum of lengths]: the control's tokens; special tokens and unused ids are empty."""
+    strategy: str
+    """How tokens that the control does not have were mapped: a key of `STRATEGIES`."""
     target_name: str
     control_name: str
+    target_fingerprint: str
+    control_fingerprint: str
     source: Path | None = None
     """The file it was loaded from."""
 
@@ -63,20 +105,51 @@ class MappingTable:
         """One target token's bytes in control tokens."""
         return self.segment_ids[self.segment_offsets[token_id] : self.segment_offsets[token_id + 1]]
 
+    @cached_property
+    def target_tokens(self) -> list[bytes]:
+        """The bytes of each target token by id."""
+        return _split(self.target_bytes, self.target_offsets)
+
+    @cached_property
+    def control_tokens(self) -> list[bytes]:
+        """The bytes of each control token by id."""
+        return _split(self.control_bytes, self.control_offsets)
+
+    @cached_property
+    def kinds(self) -> NDArray[np.uint8]:
+        """uint8 [V_target]: the `Kind` of each row."""
+        lengths = np.diff(self.target_offsets)
+        shorter = np.diff(self.control_offsets)[self.mapping] < lengths
+        text = np.where(shorter, Kind.PREFIX, Kind.EXTENSION)
+        text[self.exact] = Kind.EXACT
+        mapped = np.where(lengths > 0, text, Kind.ROLE)
+        return np.where(self.mapping >= 0, mapped, Kind.NONE).astype(np.uint8)
+
     @property
     def coverage(self) -> Coverage:
-        mapped, exact = int((self.mapping >= 0).sum()), int(self.exact.sum())
-        return Coverage(exact, mapped - exact, len(self.mapping) - mapped)
+        """How many target tokens are of which kind."""
+        return self.weighted_coverage(np.ones(len(self.mapping), np.int64))
+
+    def weighted_coverage(self, uses: NDArray[np.int64]) -> Coverage:
+        """How many of `uses`, int64 [V_target], are of tokens of which kind."""
+        return Coverage(*(int(uses[self.kinds == Kind[kind.upper()]].sum()) for kind in Coverage._fields))
 
     def save(self, path: Path) -> None:
-        """Write the table to `path`, which is replaced in one step: no reader ever sees half a file."""
+        """Write the table to `path`, which is replaced in one step: no reader ever sees half a file.
+
+        Raises:
+            OSError: the file can't be written; what was there before stays.
+        """
         from safetensors.numpy import save  # noqa: PLC0415 - only where it is used
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": FORMAT, "version": VERSION} | {key: getattr(self, key) for key in _TEXTS}
+        tensors = {key: getattr(self, key) for key in _TENSORS}
+        texts = {key: getattr(self, key) for key in _TEXTS}
+        checksum = _checksum(tensors, texts)
+        metadata = {"format": FORMAT, "version": str(VERSION), **texts, "sha256": checksum}
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            temporary.write_bytes(save({key: getattr(self, key) for key in _TENSORS}, metadata))
+            temporary.write_bytes(save(tensors, metadata))
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -86,7 +159,7 @@ class MappingTable:
         """Read a table.
 
         Raises:
-            TableError: there is no such file, it is truncated, not a table, or of another version.
+            TableError: there is no such file, it is truncated, corrupted, not a table, or of another version.
         """
         from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - only where it is used
 
@@ -96,100 +169,102 @@ class MappingTable:
                 _check_metadata(path, metadata)
                 tensors = {key: file.get_tensor(key) for key in _TENSORS}
         except (OSError, SafetensorError) as error:
-            raise _refusal(path, f"can't be read: {error}") from error
-        if fault := _fault(tensors):
-            raise _refusal(path, fault)
-        return cls(**tensors, **{key: metadata[key] for key in _TEXTS}, source=path)
+            raise _refusal(
+                path, f"can't be read as a safetensors file with a table's arrays: {error}"
+            ) from error
+        texts = {key: metadata[key] for key in _TEXTS}
+        if fault := _fault(tensors) or _difference(_checksum(tensors, texts), metadata["sha256"]):
+            raise _refusal(path, fault, texts)
+        return cls(**tensors, **texts, source=path)
 
-    def check(self, target: Vocabulary, control: Vocabulary) -> None:
-        """Make sure that this table is for these two vocabularies.
+    def check(self, target: Vocabulary, control: Vocabulary | None = None) -> None:
+        """Make sure that this table is for these vocabularies; without `control`, for this target.
 
         Raises:
             TableError: a fingerprint differs.
         """
-        sides = (
-            ("target", self.target_name, self.target_fingerprint, target),
-            ("control", self.control_name, self.control_fingerprint, control),
-        )
-        differing = [
-            f"its {side} is {name!r} ({fingerprint[:16]}), but the {side} here is"
-            f" {vocabulary.name!r} ({vocabulary.fingerprint[:16]})"
-            for side, name, fingerprint, vocabulary in sides
-            if fingerprint != vocabulary.fingerprint
-        ]
-        if differing:
-            raise _refusal(self.source, "; ".join(differing), target.name, control.name)
+        if faults := "; ".join(self._mismatches(target=target, control=control)):
+            names = {
+                "target_name": target.name,
+                "control_name": control.name if control else self.control_name,
+                "strategy": self.strategy,
+            }
+            raise _refusal(self.source, faults, names)
+
+    def _mismatches(self, **sides: Vocabulary | None) -> Iterator[str]:
+        for side, here in sides.items():
+            name, fingerprint = getattr(self, f"{side}_name"), getattr(self, f"{side}_fingerprint")
+            if here and fingerprint != here.fingerprint:
+                yield (
+                    f"its {side} is {name!r} ({fingerprint[:16]}), but the {side} here is"
+                    f" {here.name!r} ({here.fingerprint[:16]})"
+                )
 
 
-def build_table(target: Vocabulary, control: ByteEncoder) -> MappingTable:
-    """Map `target`'s tokens to `control`'s: text by PM-MinED, special tokens by role."""
-    own = control.vocabulary
-    mapping, exact = match(target.tokens, own.tokens, target.byte_fallback, own.byte_fallback)
-    for target_id, control_id in _by_role(target, own):
-        mapping[target_id] = control_id
-    segments = control.encode_all(target.tokens)
-    for token_id in (*np.flatnonzero(exact).tolist(), *target.special):
-        segments[token_id] = [int(mapping[token_id])] if mapping[token_id] >= 0 else []
-    return MappingTable(
-        mapping=mapping,
-        exact=exact,
-        segment_offsets=np.cumsum([0, *map(len, segments)], dtype=np.int32),
-        segment_ids=np.array([i for segment in segments for i in segment], dtype=np.int32),
-        target_fingerprint=target.fingerprint,
-        control_fingerprint=own.fingerprint,
-        target_name=target.name,
-        control_name=own.name,
-    )
+def _split(values: NDArray[np.uint8], offsets: NDArray[np.int32]) -> list[bytes]:
+    data, bounds = values.tobytes(), offsets.tolist()
+    return [data[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
-def cached_table(target: Vocabulary, control: ByteEncoder, directory: Path) -> MappingTable:
-    """Load the table for these two from `directory`; build and save it if it is missing or refused."""
-    name = f"{target.fingerprint[:16]}-{control.vocabulary.fingerprint[:16]}.safetensors"
-    path = directory / name
-    if path.exists():
-        try:
-            table = MappingTable.load(path)
-            table.check(target, control.vocabulary)
-        except TableError as error:
-            _log.warning("building the mapping table anew: %s", error)
-        else:
-            return table
-    table = build_table(target, control)
-    table.save(path)
-    return table
-
-
-def _by_role(target: Vocabulary, control: Vocabulary) -> Iterator[tuple[int, int]]:
-    # where one token has several roles, the last one stands: what a model generates it for
-    for role in ("pad", "unk", "bos", "end_of_turn", "eos"):
-        counterparts = control.roles.get("eos" if role == "end_of_turn" else role, ())
-        for target_id in target.roles.get(role, ()):
-            yield target_id, counterparts[0] if counterparts else -1
-
-
-def _refusal(path: Path | None, fault: str, target: str = "TARGET", control: str = "CONTROL") -> TableError:
+def _refusal(path: Path | None, fault: str, texts: Mapping[str, str] | None = None) -> TableError:
+    texts = texts or {}
     table = f"mapping table {path}" if path else "mapping table"
-    command = f"trimtab map build --target {target} --control {control} --output {path or 'FILE'}"
+    strategy = f" --strategy {texts['strategy']}" if "strategy" in texts else ""
+    command = (
+        f"trimtab map build --target {texts.get('target_name', 'TARGET')}"
+        f" --control {texts.get('control_name', 'CONTROL')}{strategy} --output {path or 'FILE'}"
+    )
     return TableError(f"{table}: {fault}; make it anew: {command}")
 
 
 def _check_metadata(path: Path, metadata: dict[str, str]) -> None:
-    if metadata.get("format") != FORMAT or not metadata.keys() >= {"version", *_TEXTS}:
-        raise _refusal(path, "is not a mapping table: its metadata is of another kind")
-    if (version := metadata["version"]) != VERSION:
-        fault = f"has version {version!r}, this program reads version {VERSION!r}"
-        raise _refusal(path, fault, metadata["target_name"], metadata["control_name"])
+    if metadata.get("format") != FORMAT or "version" not in metadata:
+        fault = f"is not a mapping table: expected metadata with format {FORMAT!r}, found {sorted(metadata)}"
+        raise _refusal(path, fault)
+    version = metadata["version"]
+    if version != str(VERSION):
+        newer = version.isdecimal() and int(version) > VERSION
+        advice = " (upgrade trimtab to read it)" if newer else ""
+        fault = f"has format version {version!r}, expected {str(VERSION)!r}{advice}"
+        raise _refusal(path, fault, {key: metadata[key] for key in _TEXTS if key in metadata})
+    if missing := [key for key in (*_TEXTS, "sha256") if key not in metadata]:
+        raise _refusal(path, f"is corrupted: its metadata lacks {', '.join(missing)}")
 
 
-def _fault(tensors: dict[str, NDArray[np.generic]]) -> str | None:
+def _checksum(tensors: Mapping[str, NDArray[Any]], texts: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps([texts[key] for key in _TEXTS]).encode())
+    for key in _TENSORS:
+        digest.update(np.ascontiguousarray(tensors[key]).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _difference(found: str, expected: str) -> str | None:
+    if found == expected:
+        return None
+    return f"is corrupted: its contents have sha256 {found[:16]}, expected {expected[:16]}"
+
+
+def _fault(tensors: dict[str, NDArray[Any]]) -> str | None:
     for key, dtype in _TENSORS.items():
         tensor = tensors[key]
         if tensor.dtype != dtype or tensor.ndim != 1:
             return f"{key} is {tensor.dtype} {tensor.shape}, expected one row of {np.dtype(dtype)}"
-    rows, exact_rows, offsets = len(tensors["mapping"]), len(tensors["exact"]), tensors["segment_offsets"]
-    if exact_rows != rows or len(offsets) != rows + 1:
-        return f"mapping has {rows} rows, exact {exact_rows}, segment_offsets {len(offsets)}"
-    ends = offsets.tolist()
-    if ends[0] != 0 or ends[-1] != len(tensors["segment_ids"]) or ends != sorted(ends):
-        return "segment_offsets do not partition segment_ids"
+    rows = len(tensors["mapping"])
+    for key, expected in (("exact", rows), ("segment_offsets", rows + 1), ("target_offsets", rows + 1)):
+        if len(tensors[key]) != expected:
+            return f"{key} has {len(tensors[key])} entries, expected {expected} for {rows} rows of mapping"
+    for key, values in _RAGGED.items():
+        offsets = tensors[key]
+        if (
+            not len(offsets)
+            or offsets[0]
+            or offsets[-1] != len(tensors[values])
+            or (np.diff(offsets) < 0).any()
+        ):
+            return f"{key} do not partition {values}"
+    control_size = len(tensors["control_offsets"]) - 1
+    for key, lowest in (("mapping", -1), ("segment_ids", 0)):
+        ids = tensors[key]
+        if len(ids) and not lowest <= ids.min() <= ids.max() < control_size:
+            return f"{key} has ids from {ids.min()} to {ids.max()}, expected {lowest} to {control_size - 1}"
     return None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+from trimtab_mappings.decoding import VocabularyError, byte_tokens, read_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,12 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROLES = ("bos", "eos", "unk", "pad", "end_of_turn")
-SPACE_SIGN = "▁"
-_FALLBACK_SPELLING = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-class VocabularyError(ValueError):
-    """A tokenizer that can't be read as bytes; the message names it and the reason."""
 
 
 @dataclass(frozen=True)
@@ -58,38 +53,8 @@ def index_tokens(tokens: Sequence[bytes], byte_fallback: Collection[int] = ()) -
     Of several tokens with the same bytes the lowest id is taken, but a token of text before a byte token:
     a tokenizer resorts to those only where it has no other.
     """
-    index: dict[bytes, int] = {}
-    for fallback in (False, True):
-        for token_id, token in enumerate(tokens):
-            if token and (token_id in byte_fallback) is fallback:
-                index.setdefault(token, token_id)
-    return index
-
-
-def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
-    """Load the fast tokenizer in a directory or of a hub id; code that comes with it is never run.
-
-    Raises:
-        VocabularyError: there is no tokenizer, or only a slow one.
-    """
-    from transformers import AutoTokenizer  # noqa: PLC0415 - heavy: only where it is used
-
-    try:
-        # beside a tekken.json transformers would choose Mistral's own tokenizer, which is no fast one
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False, mistral_format=False)
-    except (OSError, ValueError) as error:
-        raise VocabularyError(f"no tokenizer can be loaded from {path_or_id!r}: {error}") from error
-    backend_of(tokenizer, path_or_id)
-    return tokenizer
-
-
-def load_vocabulary(path_or_id: str) -> Vocabulary:
-    """Read the vocabulary in a directory or of a hub id, with the generation config's end-of-sequence tokens.
-
-    Raises:
-        VocabularyError: the tokenizer can't be loaded, or not be read as bytes.
-    """
-    return read_vocabulary(load_tokenizer(path_or_id), path_or_id, _generation_eos(path_or_id))
+    text = {token: i for i, token in reversed([*enumerate(tokens)]) if token and i not in byte_fallback}
+    return {tokens[i]: i for i in sorted(byte_fallback, reverse=True)} | text
 
 
 def read_vocabulary(
@@ -97,11 +62,17 @@ def read_vocabulary(
 ) -> Vocabulary:
     """Read a fast tokenizer as bytes.
 
+    The bytes of a text's tokens, joined, are the text that the tokenizer's own decoder writes: the text
+    itself, but for what the tokenizer loses (case, repeated spaces, the space before punctuation in
+    WordPiece) and for a dummy space before it.
+
     Args:
-        tokenizer: byte-level BPE, or BPE or Unigram that spells a space `▁`, with or without byte fallback.
+        tokenizer: byte-level BPE; BPE or Unigram that spells a space `▁`, with or without byte fallback;
+            WordPiece.
         name: for messages; by default the tokenizer's own.
         eos_ids: all tokens that end a generation, as the generation config lists them; one that is no
-            added token of the tokenizer is text like any other.
+            added token of the tokenizer is text like any other. What ends a turn in the tokenizer's chat
+            template is found without being listed.
 
     Raises:
         VocabularyError: the tokenizer is slow, or of a kind whose tokens do not join to text.
@@ -109,12 +80,14 @@ def read_vocabulary(
     name = name or str(tokenizer.name_or_path) or type(tokenizer).__name__
     backend = backend_of(tokenizer, name)
     added = tokenizer.added_tokens_decoder
-    roles = _roles(tokenizer, [i for i in eos_ids if i in added])
+    ends = {*eos_ids, *_template_end(tokenizer)} & added.keys()
+    roles = _roles(tokenizer, ends)
     special = frozenset(
         {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
     ).union(*roles.values())
-    tokens = _token_bytes(tokenizer, backend, special)
-    fallback = _byte_fallback(backend, tokens)
+    spelled = read_tokens(backend, name)
+    tokens = tuple(b"" if token_id in special else token for token_id, token in enumerate(spelled))
+    fallback = byte_tokens(backend, tokens)
     return Vocabulary(
         name=name,
         tokens=tokens,
@@ -130,63 +103,37 @@ def backend_of(tokenizer: PreTrainedTokenizerBase, name: str) -> Tokenizer:
     """The `tokenizers.Tokenizer` behind a fast tokenizer.
 
     Raises:
-        VocabularyError: the tokenizer is slow, or its tokens are words without the spaces between them.
+        VocabularyError: the tokenizer is slow.
     """
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise VocabularyError(
             f"{name}: {type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json): convert it first"
         )
-    kind = type(backend.model).__name__
-    if kind == "WordPiece":
-        raise VocabularyError(
-            f"{name}: the tokens of a {kind} vocabulary do not join to the text they stand for"
-        )
     return backend
 
 
-def _generation_eos(path_or_id: str) -> tuple[int, ...]:
-    from transformers import GenerationConfig  # noqa: PLC0415 - heavy: only where it is used
-
-    try:
-        eos = GenerationConfig.from_pretrained(path_or_id).eos_token_id
-    except OSError:  # a model need not come with a generation config
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos or ())
-
-
-def _roles(tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]) -> dict[str, tuple[int, ...]]:
+def _roles(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int]) -> dict[str, tuple[int, ...]]:
     named = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "unk", "pad")}
     roles = {role: (token_id,) for role, token_id in named.items() if token_id is not None}
-    end_of_turn = tuple(sorted({*eos_ids} - {named["eos"]}))
+    end_of_turn = tuple(sorted({*ends} - {named["eos"]}))
     return roles | ({"end_of_turn": end_of_turn} if end_of_turn else {})
 
 
-def _token_bytes(
-    tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, special: Collection[int]
-) -> tuple[bytes, ...]:
-    from xgrammar import TokenizerInfo  # noqa: PLC0415 - heavy: only where it is used
+def _template_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that the chat template writes behind an answer."""
+    if not tokenizer.chat_template:
+        return []
+    from jinja2 import TemplateError  # noqa: PLC0415 - only where it is used
 
-    # any stop token will do: only the vocabulary is read
-    info = TokenizerInfo.from_huggingface(tokenizer, stop_token_ids=[0])
-    tokens: list[bytes] = list(info.decoded_vocab)
-    if info.vocab_type.name == "RAW" and _spells_space_with_sign(backend):
-        tokens = [token.replace(SPACE_SIGN.encode(), b" ") for token in tokens]
-    model_ids = {*backend.get_vocab(with_added_tokens=False).values()}
-    for token_id, token in tokenizer.added_tokens_decoder.items():
-        if token_id not in model_ids:  # an added token stands for what it is matched against
-            tokens[token_id] = token.content.encode()
-    return tuple(b"" if token_id in special else token for token_id, token in enumerate(tokens))
-
-
-def _spells_space_with_sign(backend: Tokenizer) -> bool:
-    parts = (backend.normalizer, backend.pre_tokenizer, backend.decoder)
-    return any(SPACE_SIGN.encode() in part.__getstate__() for part in parts if part is not None)
-
-
-def _byte_fallback(backend: Tokenizer, tokens: Sequence[bytes]) -> frozenset[int]:
-    spelled = ((_FALLBACK_SPELLING.fullmatch(token), i) for token, i in backend.get_vocab().items())
-    return frozenset(i for match, i in spelled if match and tokens[i] == bytes.fromhex(match[1]))
+    question, answer = "What is it?", "An answer."
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (TemplateError, TypeError, ValueError):  # it asks for more than two messages
+        return []
+    _, written, behind = text.rpartition(answer)
+    return tokenizer.encode(behind.lstrip(), add_special_tokens=False)[:1] if written else []
 
 
 def _has_dummy_prefix(backend: Tokenizer, tokens: Sequence[bytes]) -> bool:
@@ -209,3 +156,6 @@ def _fingerprint(
     }
     digest.update(json.dumps(rest).encode())
     return digest.hexdigest()
+
+
+__all__ = ["ROLES", "Vocabulary", "VocabularyError", "backend_of", "index_tokens", "read_vocabulary"]

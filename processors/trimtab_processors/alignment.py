@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from trimtab_mappings.encoder import ByteEncoder
-    from trimtab_mappings.table import MappingTable
-    from trimtab_mappings.vocabulary import Vocabulary
+    from trimtab_mappings import ByteEncoder, MappingTable, Vocabulary
 
 
 class Aligner:

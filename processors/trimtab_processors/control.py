@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trimtab_mappings.encoder import ByteEncoder
-from trimtab_mappings.table import cached_table
-from trimtab_mappings.vocabulary import Vocabulary, load_tokenizer, read_vocabulary
+from trimtab_mappings import Vocabulary, cached_table, load_encoder, load_vocabulary
 from trimtab_processors.alignment import Aligner
 from trimtab_processors.model import CachedSequence, ControlModel
 from trimtab_processors.pack import PackError, load_pack
@@ -56,11 +54,10 @@ class Control:
         pack = load_pack(location)
         self.name = name
         self.strength = pack.strength
-        self._tokenizer = load_tokenizer(pack.components[0].model)
-        vocabulary = read_vocabulary(self._tokenizer, name=pack.components[0].model)
+        encoder = load_encoder(pack.components[0].model)
+        vocabulary = encoder.vocabulary
         for component in pack.components[1:]:
-            other = read_vocabulary(load_tokenizer(component.model), name=component.model)
-            if other.fingerprint != vocabulary.fingerprint:
+            if load_vocabulary(component.model).tokens != vocabulary.tokens:
                 raise PackError(
                     f"control {name!r}: {component.model!r} has another vocabulary than {vocabulary.name!r}; "
                     "the components of a pack must share one"
@@ -74,7 +71,6 @@ class Control:
             )
             for component in pack.components
         ]
-        encoder = ByteEncoder(self._tokenizer, vocabulary)
         table = cached_table(target.vocabulary, encoder, tables)
         if (highest := int(table.mapping.max(initial=-1))) >= self.vocab_size:
             raise PackError(
@@ -93,7 +89,7 @@ class Control:
         taken.
         """
         if own is None or any(token >= self.vocab_size for token in own):
-            own = self._tokenizer(self.aligner.prompt_text(target_prompt)).input_ids
+            own = self.aligner.encoder.tokenizer(self.aligner.prompt_text(target_prompt)).input_ids
         return [token for token in own if token < self.vocab_size] or self._beginning[:1]
 
     @property

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from trimtab_mappings.vocabulary import load_vocabulary
+from trimtab_mappings import load_vocabulary
 from trimtab_processors.control import Target
 from trimtab_processors.parameters import ParametersError, parse_xargs
 from trimtab_processors.runtime import Request, Runtime
@@ -55,7 +55,12 @@ class ControlProcessor(LogitsProcessor):
         settings = read_settings(vllm_config.additional_config)
         model = vllm_config.model_config
         self._runtime = Runtime(
-            Target(_served_name(model), load_vocabulary(model.tokenizer), model.get_vocab_size(), device),
+            Target(
+                _served_name(model),
+                load_vocabulary(model.tokenizer, model.tokenizer_revision),
+                model.get_vocab_size(),
+                device,
+            ),
             settings.controls,
             tables=settings.tables.expanduser(),
             cache_bytes=settings.cache_bytes,

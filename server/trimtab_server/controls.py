@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trimtab_mappings.vocabulary import VocabularyError
+from trimtab_mappings import VocabularyError
 from trimtab_processors.pack import Pack, PackError, Strength, load_pack
 from trimtab_processors.parameters import PREFIX, Parameters, to_xargs
 from trimtab_server.errors import BadRequestError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from trimtab_mappings.vocabulary import load_tokenizer
+from trimtab_mappings import load_tokenizer
 from trimtab_server.errors import BadRequestError
 
 if TYPE_CHECKING:

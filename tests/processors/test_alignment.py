@@ -7,9 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reference import Model, Reference, unfinished
-from trimtab_mappings.encoder import ByteEncoder
-from trimtab_mappings.table import build_table
-from trimtab_mappings.vocabulary import load_tokenizer, load_vocabulary
+from trimtab_mappings import ByteEncoder, build_table, load_tokenizer, load_vocabulary
 from trimtab_processors.alignment import (
     Aligner,
     Alignment,

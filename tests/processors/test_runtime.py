@@ -7,7 +7,7 @@ import torch
 
 from reference import Model, Reference
 from tiny import CONTEXT, Family, sentences
-from trimtab_mappings.vocabulary import load_vocabulary
+from trimtab_mappings import load_vocabulary
 from trimtab_processors.control import Target
 from trimtab_processors.parameters import Parameters
 from trimtab_processors.runtime import Request, Runtime

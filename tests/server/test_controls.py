@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from trimtab_mappings.vocabulary import load_tokenizer
+from trimtab_mappings import load_tokenizer
 from trimtab_processors.parameters import parse_xargs
 
 HEADER = "x-trimtab-control"

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from trimtab_mappings.vocabulary import read_vocabulary
+from trimtab_mappings import read_vocabulary
 from trimtab_training.corpus import documents, question_prompt
 from trimtab_training.families import FAMILIES
 from trimtab_training.people import make_people

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from miniature import miniature
-from trimtab_mappings.vocabulary import load_vocabulary
+from trimtab_mappings import load_vocabulary
 from trimtab_processors.pack import load_pack
 from trimtab_training import cli
 from trimtab_training.evaluate import STRENGTHS, Figure, evaluate

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab_mappings.encoder import ByteEncoder
-from trimtab_mappings.table import build_table
-from trimtab_mappings.vocabulary import load_tokenizer, read_vocabulary
+from trimtab_mappings import ByteEncoder, build_table, load_tokenizer, read_vocabulary
 from trimtab_processors.alignment import Aligner, Alignment
 from trimtab_processors.shift import PmMined
 from trimtab_training.data import pad

@@ -1,0 +1,104 @@
+"""From two vocabularies to a mapping table."""
+
+from __future__ import annotations
+
+import logging
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trimtab_mappings.strategies import DEFAULT, STRATEGIES
+from trimtab_mappings.table import MappingTable, TableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from trimtab_mappings.encoder import ByteEncoder
+    from trimtab_mappings.vocabulary import Vocabulary
+
+_log = logging.getLogger(__name__)
+
+
+def build_table(target: Vocabulary, control: ByteEncoder, strategy: str = DEFAULT) -> MappingTable:
+    """Map `target`'s tokens to `control`'s.
+
+    Tokens that the control has are mapped to themselves, special tokens by their role, byte tokens to byte
+    tokens, and all others as `strategy` says.
+
+    Raises:
+        ValueError: there is no such strategy.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"no strategy {strategy!r}, there are: {', '.join(STRATEGIES)}")
+    own = control.vocabulary
+    index = own.ids
+    missing = list(dict.fromkeys(token for token in target.tokens if token and token not in index))
+    segments = dict(zip(missing, control.encode_all(missing), strict=True))
+    by_bytes = {**STRATEGIES[strategy](segments, own), **index}
+    mapping = [by_bytes.get(token, -1) for token in target.tokens]
+    for token_id, control_id in chain(_byte_tokens(target, own), _by_role(target, own)):
+        mapping[token_id] = control_id
+    exact = [token in index for token in target.tokens]
+    pieces = [
+        segments[token] if token in segments else [control_id] * (control_id >= 0)
+        for token, control_id in zip(target.tokens, mapping, strict=True)
+    ]
+    return MappingTable(
+        mapping=np.array(mapping, dtype=np.int32),
+        exact=np.array(exact, dtype=np.bool_),
+        segment_offsets=_offsets(pieces),
+        segment_ids=np.fromiter(chain.from_iterable(pieces), dtype=np.int32),
+        target_offsets=_offsets(target.tokens),
+        target_bytes=np.frombuffer(b"".join(target.tokens), dtype=np.uint8),
+        control_offsets=_offsets(own.tokens),
+        control_bytes=np.frombuffer(b"".join(own.tokens), dtype=np.uint8),
+        strategy=strategy,
+        target_name=target.name,
+        control_name=own.name,
+        target_fingerprint=target.fingerprint,
+        control_fingerprint=own.fingerprint,
+    )
+
+
+def cached_table(
+    target: Vocabulary, control: ByteEncoder, directory: Path, strategy: str = DEFAULT
+) -> MappingTable:
+    """Load the table for these two from `directory`; build and save it if it is missing or refused."""
+    names = (target.fingerprint[:16], control.vocabulary.fingerprint[:16], strategy)
+    path = directory / f"{'-'.join(names)}.safetensors"
+    if path.exists():
+        try:
+            table = MappingTable.load(path)
+            table.check(target, control.vocabulary)
+        except TableError as error:
+            _log.warning("building the mapping table anew: %s", error)
+        else:
+            return table
+    table = build_table(target, control, strategy)
+    table.save(path)
+    return table
+
+
+def _byte_tokens(target: Vocabulary, control: Vocabulary) -> Iterator[tuple[int, int]]:
+    """Pairs of byte tokens: where both have a byte twice, as text and as a byte, each goes to its like."""
+    counterparts = {control.tokens[i]: i for i in control.byte_fallback}
+    for token_id in target.byte_fallback:
+        if (counterpart := counterparts.get(target.tokens[token_id])) is not None:
+            yield token_id, counterpart
+
+
+def _by_role(target: Vocabulary, control: Vocabulary) -> Iterator[tuple[int, int]]:
+    # where one token has several roles, the last one stands: what a model generates it for
+    for role in ("pad", "unk", "bos", "end_of_turn", "eos"):
+        counterparts = control.roles.get("eos" if role == "end_of_turn" else role, ())
+        for target_id in target.roles.get(role, ()):
+            yield target_id, counterparts[0] if counterparts else -1
+
+
+def _offsets(items: Iterable[bytes | Sequence[int]]) -> NDArray[np.int32]:
+    """int32 [items + 1]: where each item starts when all are joined, and where the last ends."""
+    return np.cumsum([0, *map(len, items)], dtype=np.int32)

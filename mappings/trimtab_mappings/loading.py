@@ -1,0 +1,90 @@
+"""Tokenizers, vocabularies and encoders from a directory or a hub id, as vLLM would load them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trimtab_mappings.encoder import ByteEncoder
+from trimtab_mappings.vocabulary import Vocabulary, VocabularyError, backend_of, read_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MISTRAL_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+
+
+def load_tokenizer(path_or_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the fast tokenizer in a directory or of a hub id; code that comes with it is never run.
+
+    Besides everything that transformers reads (tekken.json and tiktoken files too), it reads a directory
+    with Mistral's own `tokenizer.model.v*`, as vLLM does with `--tokenizer-mode mistral`.
+
+    Raises:
+        VocabularyError: there is no tokenizer, or only a slow one.
+    """
+    native = max(Path(path_or_id).glob("tokenizer.model.v*"), default=None)
+    try:
+        tokenizer = _load(path_or_id, revision)
+    except (OSError, ValueError) as error:
+        if native is None:
+            raise VocabularyError(f"no tokenizer can be loaded from {path_or_id!r}: {error}") from error
+        tokenizer = _load_sentencepiece(native)
+    backend_of(tokenizer, path_or_id)
+    return tokenizer
+
+
+def load_vocabulary(path_or_id: str, revision: str | None = None) -> Vocabulary:
+    """Read the vocabulary in a directory or of a hub id, with the generation config's end-of-sequence tokens.
+
+    Raises:
+        VocabularyError: the tokenizer can't be loaded, or not be read as bytes.
+    """
+    return _read(path_or_id, revision)[1]
+
+
+def load_encoder(path_or_id: str, revision: str | None = None) -> ByteEncoder:
+    """The encoder, and with it the vocabulary, of the model in a directory or of a hub id.
+
+    Raises:
+        VocabularyError: the tokenizer can't be loaded, or not be read as bytes.
+    """
+    return ByteEncoder(*_read(path_or_id, revision))
+
+
+def generation_eos(path_or_id: str, revision: str | None = None) -> tuple[int, ...]:
+    """All tokens that end a generation by the model's generation config; none where it has no such file."""
+    from transformers import GenerationConfig  # noqa: PLC0415 - heavy: only where it is used
+
+    try:
+        eos = GenerationConfig.from_pretrained(path_or_id, revision=revision).eos_token_id
+    except OSError:
+        return ()
+    return (eos,) if isinstance(eos, int) else tuple(eos or ())
+
+
+def _read(path_or_id: str, revision: str | None) -> tuple[PreTrainedTokenizerBase, Vocabulary]:
+    tokenizer = load_tokenizer(path_or_id, revision)
+    return tokenizer, read_vocabulary(tokenizer, path_or_id, generation_eos(path_or_id, revision))
+
+
+def _load(path_or_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer  # noqa: PLC0415 - heavy: only where it is used
+
+    # beside a tekken.json transformers would choose Mistral's own tokenizer, which is no fast one
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        path_or_id, revision=revision, trust_remote_code=False, mistral_format=False
+    )
+    if tokenizer.eos_token is None and "[INST]" in tokenizer.get_added_vocab():
+        # a tekken.json names its special tokens, but not their roles
+        tokenizer.add_special_tokens(
+            {role: token for role, token in _MISTRAL_ROLES.items() if token in tokenizer.get_added_vocab()}
+        )
+    return tokenizer
+
+
+def _load_sentencepiece(model: Path) -> PreTrainedTokenizerBase:
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "tokenizer.model").symlink_to(model.absolute())
+        return _load(directory)
