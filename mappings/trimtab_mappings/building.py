@@ -12,7 +12,7 @@ from trimtab_mappings.strategies import DEFAULT, STRATEGIES
 from trimtab_mappings.table import MappingTable, TableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray

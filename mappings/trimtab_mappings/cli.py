@@ -41,6 +41,7 @@ _MODEL = "a directory or a hub id"
 
 @app.command()
 def build(
+    *,
     target: Annotated[str, typer.Option(help=f"The served model: {_MODEL}.")],
     control: Annotated[str, typer.Option(help=f"The control model: {_MODEL}.")],
     output: Annotated[Path, typer.Option(help="The file to write.", dir_okay=False)],
@@ -64,6 +65,7 @@ def build(
 @app.command()
 def show(
     table: Table,
+    *,
     text: Text = [],  # noqa: B006 - Typer's way to an option that may be repeated
     target: Annotated[
         str | None, typer.Option(help=f"Where the target's tokenizer is now, for --text: {_MODEL}.")
@@ -98,7 +100,7 @@ def lookup(
 
 @app.command()
 def diff(before: Table, after: Table, as_json: Json = False, html: Html = None) -> None:
-    """Show the rows in which two tables of one target differ; ends with 1 where there are any, as diff does."""
+    """Show the rows in which two tables of one target differ; the exit status is 1 where there are any."""
     with _refusals():
         old, new = MappingTable.load(before), MappingTable.load(after)
         difference = compare(old, new)
@@ -126,9 +128,14 @@ def check(
 @app.command(name="score")
 def score_(
     table: Table,
+    *,
     text: Text,
-    target: Annotated[str | None, typer.Option(help=f"Where the target's tokenizer is now: {_MODEL}.")] = None,
-    control: Annotated[str | None, typer.Option(help=f"Where the control's tokenizer is now: {_MODEL}.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help=f"Where the target's tokenizer is now: {_MODEL}.")
+    ] = None,
+    control: Annotated[
+        str | None, typer.Option(help=f"Where the control's tokenizer is now: {_MODEL}.")
+    ] = None,
     as_json: Json = False,
     html: Html = None,
 ) -> None:
@@ -143,7 +150,13 @@ def score_(
         others = [name for name in STRATEGIES if name != loaded.strategy]
         tables = [loaded, *(build_table(served.vocabulary, encoder, name) for name in others)]
         scores = [score(each, meetings) for each in tables]
-        _emit(scores, score_report(loaded, meetings, scores), as_json=as_json, html=html)
+        result = {
+            "target_tokens": meetings.target_tokens,
+            "control_tokens": meetings.control_tokens,
+            "skipped_bytes": meetings.skipped_bytes,
+            "scores": scores,
+        }
+        _emit(result, score_report(loaded, meetings, scores), as_json=as_json, html=html)
 
 
 @contextmanager

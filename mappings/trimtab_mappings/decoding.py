@@ -1,4 +1,4 @@
-"""What each token of a tokenizer stands for, in bytes: its decoder's rules, applied to one token at a time."""
+"""What each token of a tokenizer stands for, in bytes: the rules of its decoder, one token at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from tokenizers import Tokenizer
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 SPACE_SIGN = "▁"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-_OF_WHOLE_TEXTS = {"Fuse", "Strip"}  # they join, and cut off the dummy prefix
+# Fuse joins the tokens, and Strip then cuts off the dummy prefix
+_WITHOUT_REPLACEMENT = {"ByteFallback", "Fuse", "Strip"}
 _SAMPLES = 16  # runs of tokens that are held against the tokenizer's own decoder
 _RUN = 16
 
@@ -67,7 +68,6 @@ def _reader(steps: Sequence[dict[str, Any]], name: str) -> _Reader:
     if not steps:
         raise VocabularyError(f"{name}: it has no decoder that says what its tokens stand for")
     replaced: dict[str, str] = {}
-    fallback = False
     for step in steps:
         match step:
             case {"type": "ByteLevel"}:
@@ -78,12 +78,13 @@ def _reader(steps: Sequence[dict[str, Any]], name: str) -> _Reader:
                 replaced[sign] = " "
             case {"type": "Replace", "pattern": {"String": pattern}, "content": content}:
                 replaced[pattern] = content
-            case {"type": "ByteFallback"}:
-                fallback = True
-            case {"type": kind} if kind not in _OF_WHOLE_TEXTS:
-                raise VocabularyError(
-                    f"{name}: its decoder has a step {kind}, whose tokens can't be read as bytes"
-                )
+            case {"type": kind} if kind not in _WITHOUT_REPLACEMENT:
+                raise VocabularyError(f"{name}: tokens can't be read as bytes through its decoder's {kind}")
+    return _replacing_reader(replaced, fallback=any(step["type"] == "ByteFallback" for step in steps))
+
+
+def _replacing_reader(replaced: Mapping[str, str], *, fallback: bool) -> _Reader:
+    """As SentencePiece spells: a sign for a space, and with fallback `<0xE4>` for a byte."""
 
     def read(spelling: str) -> bytes:
         if fallback and (byte := _BYTE_TOKEN.fullmatch(spelling)):

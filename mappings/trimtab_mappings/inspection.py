@@ -236,8 +236,14 @@ def _find(table: MappingTable, token: str) -> Sequence[int]:
         wanted.add(bytes.fromhex(match[1]))
     found = [i for i, own in enumerate(table.target_tokens) if own in wanted and own]
     if not found:
-        others = [repr(other) for other in (f" {token}", token.strip()) if other.encode() in table.target_tokens]
-        hint = f"did you mean {' or '.join(others)}?" if others else "name a token by its text, as #ID or as <E4 B8>"
+        others = [
+            repr(other) for other in (f" {token}", token.strip()) if other.encode() in table.target_tokens
+        ]
+        hint = (
+            f"did you mean {' or '.join(others)}?"
+            if others
+            else "name a token by its text, as #ID or as <E4 B8>"
+        )
         raise KeyError(f"no token {token!r} among the {len(table.mapping)} of {table.target_name}; {hint}")
     return found
 

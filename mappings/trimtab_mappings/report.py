@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _LONG = 24  # characters of a token that are shown
-_BAR = 24  # characters of a whole bar in a terminal
+_BAR = 12  # characters of a whole bar in a terminal
 
 
 class Share(float):
@@ -38,7 +38,7 @@ class Report:
     """What one command has to say."""
 
     title: str
-    facts: Mapping[str, Cell] = field(default_factory=dict)
+    facts: Mapping[str, Cell] = dataclasses.field(default_factory=dict)
     sections: Sequence[Section] = ()
 
 
@@ -71,7 +71,7 @@ def show(cell: Cell) -> str:
 
 
 def to_json(result: Any) -> str:
-    """Any of this package's results as JSON; tokens as their text (null where they are none) and their bytes."""
+    """Any of this package's results as JSON; a token as its text, null where it is none, and its bytes."""
     return json.dumps(_plain(result), ensure_ascii=False, indent=2)
 
 
@@ -89,8 +89,14 @@ def print_report(report: Report) -> None:
         console.print(Text(f"\n{section.title}", style="bold"), soft_wrap=True)
         table = Table(box=None, pad_edge=False)
         for index, column in enumerate(section.columns):
-            numeric = all(isinstance(row[index], int | float | None) for row in section.rows)
-            table.add_column(column, justify="right" if numeric and not _is_bar(section, index) else "left")
+            cells = [row[index] for row in section.rows]
+            number = all(
+                isinstance(cell, int | float | None) and not isinstance(cell, Share) for cell in cells
+            )
+            token = any(isinstance(cell, bytes) for cell in cells)
+            table.add_column(
+                column, justify="right" if number else "left", no_wrap=token, overflow="ellipsis"
+            )
         for row in section.rows:
             table.add_row(*(Text(_with_bar(cell)) for cell in row))
         console.print(table)
@@ -116,16 +122,16 @@ def write_html(report: Report, path: Path) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def _is_bar(section: Section, column: int) -> bool:
-    return any(isinstance(row[column], Share) for row in section.rows)
-
-
 def _with_bar(cell: Cell) -> str:
     bar = " " + "█" * round(cell * _BAR) if isinstance(cell, Share) else ""
     return f"{show(cell):>6}{bar}" if bar else show(cell)
 
 
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
     match value:
         case bytes():
             return {"text": _text(value), "hex": value.hex()}
@@ -133,14 +139,9 @@ def _plain(value: Any) -> Any:
             return value.name.lower()
         case dict():
             return {key: _plain(item) for key, item in value.items()}
-        case tuple() if hasattr(value, "_asdict"):
-            return _plain(value._asdict())
-        case list() | tuple():
+        case list():
             return [_plain(item) for item in value]
-        case _ if dataclasses.is_dataclass(value):
-            return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        case _:
-            return value
+    return value
 
 
 def _text(token: bytes) -> str | None:

@@ -70,8 +70,8 @@ def find_meetings(target: ByteEncoder, control: ByteEncoder, texts: Iterable[str
                 _starts(target, target_ids), _starts(control, control_ids), return_indices=True
             )
             found.append(np.stack([np.array(target_ids)[at_target], np.array(control_ids)[at_control]]))
-    target_tokens, control_tokens, skipped = counts.tolist()
-    return Meetings(*np.concatenate(found, axis=1), target_tokens, control_tokens, skipped)
+    target_at, control_at = np.concatenate(found, axis=1)
+    return Meetings(target_at, control_at, *map(int, counts))
 
 
 def score(table: MappingTable, meetings: Meetings) -> Score:

@@ -8,6 +8,7 @@ import uuid
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -203,7 +204,7 @@ class MappingTable:
 
 def _split(values: NDArray[np.uint8], offsets: NDArray[np.int32]) -> list[bytes]:
     data, bounds = values.tobytes(), offsets.tolist()
-    return [data[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [data[start:end] for start, end in pairwise(bounds)]
 
 
 def _refusal(path: Path | None, fault: str, texts: Mapping[str, str] | None = None) -> TableError:
@@ -234,7 +235,7 @@ def _check_metadata(path: Path, metadata: dict[str, str]) -> None:
 def _checksum(tensors: Mapping[str, NDArray[Any]], texts: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps([texts[key] for key in _TEXTS]).encode())
     for key in _TENSORS:
-        digest.update(np.ascontiguousarray(tensors[key]).view(np.uint8))
+        digest.update(tensors[key].tobytes())
     return digest.hexdigest()
 
 

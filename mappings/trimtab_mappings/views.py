@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from trimtab_mappings.table import MappingTable
 
 _MEANINGS = {
-    "exact": "the control has a token of the same bytes",
-    "prefix": "the control token begins it",
-    "extension": "it begins the control token",
-    "role": "special tokens of one role",
-    "none": "no control token: the mean shift",
+    "exact": "of the same bytes",
+    "prefix": "the control's is shorter",
+    "extension": "the control's is longer",
+    "role": "special, of one role",
+    "none": "no counterpart",
 }
 _FAR = 12  # the distance from which on rows are counted together
 _SHOWN = 50  # rows of a difference; JSON has all
@@ -104,7 +104,11 @@ def difference_report(before: MappingTable, after: MappingTable, difference: Dif
         (
             change.before.target.bytes,
             change.before.target.id,
-            *(cell for row in (change.before, change.after) for cell in (_control_cell(row), row.kind.name.lower())),
+            *(
+                cell
+                for row in (change.before, change.after)
+                for cell in (_control_cell(row), row.kind.name.lower())
+            ),
         )
         for change in changes[:_SHOWN]
     ]
@@ -171,7 +175,7 @@ def _control_cell(row: Row) -> bytes | None:
 
 def _distance_section(distances: Mapping[int, int], uses: Mapping[int, int] | None) -> Section:
     all_rows, all_uses = sum(distances.values()), sum(uses.values()) if uses else 0
-    bins = {f"{value}": (value,) for value in range(1, _FAR)}
+    bins: dict[str, tuple[int, ...]] = {f"{value}": (value,) for value in range(1, _FAR)}
     bins[f"{_FAR} and more"] = tuple(value for value in distances if value >= _FAR)
     rows = [
         (

@@ -2,55 +2,209 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 from typer.testing import CliRunner
 
-from trimtab_mappings import MappingTable
+from trimtab_mappings import MappingTable, build_table
 from trimtab_mappings.cli import app
+
+TEXT = "The cat sat on the mat, and the dog didn't. hello world\n"
+
+
+@pytest.fixture(scope="module")
+def directories(gpt2_like, llama_like, tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    gpt2_like.tokenizer.save_pretrained(root / "target")
+    llama_like.tokenizer.save_pretrained(root / "control")
+    return {"target": str(root / "target"), "control": str(root / "control")}
+
+
+@pytest.fixture(scope="module")
+def both(directories):
+    return [part for side, path in directories.items() for part in (f"--{side}", path)]
+
+
+@pytest.fixture(scope="module")
+def built(both, tmp_path_factory):
+    """A table in a file, and the output of the command that built it."""
+    path = tmp_path_factory.mktemp("tables") / "table.safetensors"
+    return path, run("build", *both, "--output", path).stdout
 
 
 @pytest.fixture
-def directories(gpt2_like, llama_like, tmp_path):
-    target, control = tmp_path / "target", tmp_path / "control"
-    gpt2_like.tokenizer.save_pretrained(target)
-    llama_like.tokenizer.save_pretrained(control)
-    return str(target), str(control)
+def path(built):
+    return built[0]
 
 
-def invoke(target, control, output):
-    arguments = ["--target", target, "--control", control, "--output", str(output)]
-    return CliRunner().invoke(app, ["build", *arguments])
+@pytest.fixture
+def table(path):
+    return MappingTable.load(path)
 
 
-def test_build_writes_a_table_and_says_what_it_built(directories, gpt2_like, llama_like, tmp_path):
-    output = tmp_path / "table.safetensors"
-    result = invoke(*directories, output)
-    assert result.exit_code == 0, result.output
-    table = MappingTable.load(output)
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def run(*arguments, status=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == status, result.output
+    return result
+
+
+def found(*arguments, status=0):
+    return json.loads(run(*arguments, "--json", status=status).stdout)
+
+
+def test_build_writes_a_table_and_says_what_it_built(built, gpt2_like, llama_like, directories):
+    path, output = built
+    table = MappingTable.load(path)
     table.check(gpt2_like.vocabulary, llama_like.vocabulary)
-    assert (table.target_name, table.control_name) == directories
-    first, *rest = result.output.splitlines()
-    assert first.startswith(f"{output}: {len(table.mapping)} rows in ")
-    assert [line.split()[:2] for line in rest] == [
-        [kind, str(count)] for kind, count in table.coverage._asdict().items()
-    ]
+    assert (table.target_name, table.control_name) == tuple(directories.values())
+    assert output.startswith(f"{path}: {len(table.mapping)} rows in ")
+    counts = [line.split()[1] for line in output.splitlines() if line.split()[:1] in [[k] for k in table.coverage._fields]]
+    assert counts == [str(count) for count in table.coverage]
+
+
+@pytest.mark.parametrize("strategy", ["exact", "first-segment", "pm-mined"])
+def test_build_takes_a_strategy(both, gpt2_like, llama_like, tmp_path, strategy):
+    output = tmp_path / "table.safetensors"
+    run("build", *both, "--strategy", strategy, "--output", output)
+    expected = build_table(gpt2_like.vocabulary, llama_like.encoder, strategy)
+    table = MappingTable.load(output)
+    assert table.strategy == strategy
+    assert table.mapping.tolist() == expected.mapping.tolist()
+
+
+def test_show_summarizes_a_table(path, table):
+    summary = found("show", path, "--worst", 3)
+    assert summary["coverage"] == table.coverage._asdict()
+    assert summary["uses"] is None
+    assert len(summary["worst"]) == 3
+    output = run("show", path).stdout
+    assert f"target tokens: {len(table.mapping)}" in output
+    assert "The worst rows, by distance" in output
+
+
+def test_show_weighs_a_table_by_a_text(path, text, gpt2_like):
+    summary = found("show", path, "--text", text)
+    assert sum(summary["uses"].values()) == len(gpt2_like.encoder.encode(TEXT.encode())[0])
+    assert "The worst rows, by distance times uses" in run("show", path, "--text", text).stdout
+
+
+def test_show_finds_the_target_s_tokenizer_where_it_is_now(path, text, directories, tmp_path, gpt2_like):
+    gpt2_like.tokenizer.save_pretrained(tmp_path / "moved")
+    moved = found("show", path, "--text", text, "--target", tmp_path / "moved")
+    assert moved == found("show", path, "--text", text)
+    refusal = run("show", path, "--text", text, "--target", directories["control"], status=2)
+    assert "its target is" in refusal.stderr
+
+
+def test_show_needs_no_heavy_library(path):
+    program = (
+        "import sys; from trimtab_mappings.cli import app; app(['show', sys.argv[1]], standalone_mode=False);"
+        " print(*{'torch', 'transformers', 'tokenizers', 'vllm'} & {*sys.modules}, file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
+    assert result.stderr.strip() == ""
+    assert "Coverage" in result.stdout
+
+
+def test_lookup_shows_where_tokens_go(path, table):
+    first, second = found("lookup", path, " world", "#65", "--near", 2)
+    assert first["row"]["target"]["bytes"]["text"] == " world"
+    assert second["row"]["target"]["id"] == 65
+    assert first["row"]["control"]["id"] == table.mapping[first["row"]["target"]["id"]]
+    assert len(first["near"]) <= 2
+    output = run("lookup", path, " world").stdout
+    assert '" world"' in output
+    assert "the control spells it " in output
+
+
+def test_lookup_of_a_token_that_there_is_not_is_refused(path):
+    assert "error: no token 'nowhere'" in run("lookup", path, "nowhere", status=2).stderr
+
+
+def test_diff_tells_alike_from_different_as_diff_does(path, both, tmp_path):
+    assert found("diff", path, path)["changes"] == []
+    assert "The two tables map alike" in run("diff", path, path).stdout
+    other = tmp_path / "exact.safetensors"
+    run("build", *both, "--strategy", "exact", "--output", other)
+    difference = found("diff", path, other, status=1)
+    assert len(difference["changes"]) == sum(difference["kinds"].values()) > 0
+    assert "Rows that differ, by kind" in run("diff", path, other, status=1).stdout
+
+
+def test_check_accepts_a_table_of_these_two_and_no_other(path, both, directories):
+    assert found("check", path, *both)["strategy"] == "pm-mined"
+    assert f"{path} is whole, and for these two" in run("check", path, *both).stdout.replace("\n", "")
+    swapped = ["--target", directories["control"], "--control", directories["target"]]
+    refusal = run("check", path, *swapped, status=2).stderr
+    assert f"error: mapping table {path}: its target is '{directories['target']}'" in refusal
+    assert "trimtab map build" in refusal
+
+
+def test_score_puts_every_strategy_beside_the_table_s(path, text):
+    result = found("score", path, "--text", text)
+    scores = {score["strategy"]: score["accuracy"] for score in result["scores"]}
+    assert list(scores) == ["pm-mined", "exact", "first-segment"]
+    assert scores["exact"] <= min(scores["pm-mined"], scores["first-segment"])
+    assert "pm-mined is the table's own strategy" in run("score", path, "--text", text).stdout
+
+
+def test_score_refuses_another_tokenizer(path, text, directories):
+    refusal = run("score", path, "--text", text, "--target", directories["control"], status=2)
+    assert "its target is" in refusal.stderr
+
+
+@pytest.mark.parametrize("command", ["show", "lookup", "diff", "check", "score", "build"])
+def test_every_command_writes_a_page(command, path, both, text, tmp_path):
+    page = tmp_path / "page.html"
+    arguments = {
+        "show": [path, "--text", text],
+        "lookup": [path, " world"],
+        "diff": [path, path],
+        "check": [path, *both],
+        "score": [path, "--text", text],
+        "build": [*both, "--output", tmp_path / "table.safetensors"],
+    }[command]
+    result = run(command, *arguments, "--html", page)
+    assert result.stdout == ""
+    assert f"wrote {page}" in result.stderr.replace("\n", "")
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("command", ["show", "lookup", "diff", "check", "score"])
+def test_a_file_that_is_no_table_is_refused_by_every_command(command, both, text, tmp_path):
+    path = tmp_path / "table.safetensors"
+    path.write_bytes(b"rubbish")
+    rest = {"lookup": ["a"], "diff": [path], "check": both, "score": ["--text", text]}.get(command, [])
+    refusal = run(command, path, *rest, status=2).stderr
+    assert f"error: mapping table {path}: can't be read" in refusal
+
+
+def test_a_strategy_that_there_is_not_is_refused(both, tmp_path):
+    refusal = run("build", *both, "--strategy", "best", "--output", tmp_path / "a", status=2)
+    assert "error: no strategy 'best', there are: pm-mined, exact, first-segment" in refusal.stderr
 
 
 def test_a_directory_without_a_tokenizer_ends_in_a_message(directories, tmp_path):
-    result = invoke(str(tmp_path), directories[1], tmp_path / "table.safetensors")
-    assert result.exit_code == 1
-    assert f"error: no tokenizer can be loaded from '{tmp_path}'" in result.stderr
+    sides = ["--target", tmp_path, "--control", directories["control"]]
+    refusal = run("build", *sides, "--output", tmp_path / "table.safetensors", status=2)
+    assert f"error: no tokenizer can be loaded from '{tmp_path}'" in refusal.stderr
 
 
-def test_a_file_that_can_not_be_written_ends_in_a_message(directories, tmp_path):
+def test_a_file_that_can_not_be_written_ends_in_a_message(both, tmp_path):
     (tmp_path / "file").write_text("")
-    result = invoke(*directories, tmp_path / "file" / "table.safetensors")
-    assert result.exit_code == 1
-    assert "error: " in result.stderr
-    assert str(tmp_path / "file") in result.stderr
+    refusal = run("build", *both, "--output", tmp_path / "file" / "table.safetensors", status=2)
+    assert "error: " in refusal.stderr
+    assert str(tmp_path / "file") in refusal.stderr
 
 
 @pytest.mark.parametrize("module", ["trimtab_mappings", "trimtab_mappings.cli"])
