@@ -40,7 +40,7 @@ def main(
     sample: Annotated[int, typer.Option(min=1, help="Target tokens for the reference's algorithm.")] = 40,
 ) -> None:
     """Time mapping tables between real vocabularies."""
-    console = Console()
+    console = Console(width=110)
     table = Table("target", "control", "missing", "nearest s", "build s", "load ms", "peak MB", "x reference")
     results = []
     with tempfile.TemporaryDirectory() as directory:

@@ -56,19 +56,17 @@ class ByteEncoder:
         """Encode each of `pieces` by itself, in batches, and to its last byte: nothing waits."""
         encoded: list[list[int]] = []
         for start in range(0, len(pieces), _BATCH):
-            texts = [piece.decode("utf-8", "surrogateescape") for piece in pieces[start : start + _BATCH]]
-            encoded += self._encode_batch(texts)
+            encoded += self._encode_batch(pieces[start : start + _BATCH])
         return encoded
 
-    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        plain = [text for text in texts if not _UNDECODABLE.search(text)]
+    def _encode_batch(self, pieces: Sequence[bytes]) -> list[list[int]]:
+        texts = [piece.decode("utf-8", "surrogateescape") for piece in pieces]
+        plain = ["" if _UNDECODABLE.search(text) else text for text in texts]
         encodings = self._backend.encode_batch_fast(plain, add_special_tokens=False)
-        found = dict(zip(plain, (encoding.ids for encoding in encodings), strict=True))
+        natively = (encoding.ids for encoding in encodings)
         return [
-            ids
-            if (ids := found.get(text)) is not None and self.join(ids) == text.encode()
-            else self._encode_text(text)
-            for text in texts
+            ids if self.join(ids) == piece else self._encode_text(text)
+            for piece, text, ids in zip(pieces, texts, natively, strict=True)
         ]
 
     def _encode_text(self, text: str) -> list[int]:

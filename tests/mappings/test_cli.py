@@ -68,7 +68,11 @@ def test_build_writes_a_table_and_says_what_it_built(built, gpt2_like, llama_lik
     table.check(gpt2_like.vocabulary, llama_like.vocabulary)
     assert (table.target_name, table.control_name) == tuple(directories.values())
     assert output.startswith(f"{path}: {len(table.mapping)} rows in ")
-    counts = [line.split()[1] for line in output.splitlines() if line.split()[:1] in [[k] for k in table.coverage._fields]]
+    counts = [
+        line.split()[1]
+        for line in output.splitlines()
+        if line.split()[:1] in [[k] for k in table.coverage._fields]
+    ]
     assert counts == [str(count) for count in table.coverage]
 
 

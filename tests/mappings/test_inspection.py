@@ -111,7 +111,9 @@ def test_the_nearest_neighbour_of_an_approximate_row_is_what_it_maps_to(gpt2_lik
     assert len(approximate)
     for token_id in approximate.tolist():
         (found,) = look_up(table, f"#{token_id}")
-        candidates = [n for n in found.near if n.token.bytes != b" " or not found.row.target.bytes.strip(b" ")]
+        candidates = [
+            n for n in found.near if n.token.bytes != b" " or not found.row.target.bytes.strip(b" ")
+        ]
         assert candidates[0].token == found.row.control
 
 

@@ -9,7 +9,16 @@ from html.parser import HTMLParser
 import pytest
 
 from trimtab_mappings import Coverage, Kind
-from trimtab_mappings.report import Report, Section, Share, print_report, show, show_token, to_json, write_html
+from trimtab_mappings.report import (
+    Report,
+    Section,
+    Share,
+    print_report,
+    show,
+    show_token,
+    to_json,
+    write_html,
+)
 
 REPORT = Report(
     "A title & more",
@@ -116,6 +125,14 @@ def test_the_page_shows_everything_and_draws_the_shares(tmp_path):
     path = tmp_path / "report.html"
     write_html(REPORT, path)
     page = Page(path.read_text(encoding="utf-8"))
-    shown = ["A title & more", "12,345", "<script>alert(1)</script>", '"[bold]a[/bold]"', "<E4>", "25.0%", "a note"]
+    shown = [
+        "A title & more",
+        "12,345",
+        "<script>alert(1)</script>",
+        '"[bold]a[/bold]"',
+        "<E4>",
+        "25.0%",
+        "a note",
+    ]
     assert [text for text in shown if text not in page.texts] == []
     assert page.widths == [100.0, 25.0]

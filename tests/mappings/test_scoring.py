@@ -46,7 +46,11 @@ def test_meetings_are_where_a_token_of_each_begins(target, control):
 
 def test_meetings_of_real_families_agree_with_a_walk(gpt2_like, any_family):
     text = "The cat sat on the mat, naïve 中文 x=1; y = 3.14"
-    text = text if any_family.encoder.join(any_family.encoder.encode(text.encode())[0]) == text.encode() else "the"
+    text = (
+        text
+        if any_family.encoder.join(any_family.encoder.encode(text.encode())[0]) == text.encode()
+        else "the"
+    )
     meetings = find_meetings(gpt2_like.encoder, any_family.encoder, [text])
     assert len(meetings.target_ids)
     pairs = list(zip(meetings.target_ids.tolist(), meetings.control_ids.tolist(), strict=True))
