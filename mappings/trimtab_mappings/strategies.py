@@ -47,4 +47,4 @@ def first_segment(segments: Mapping[bytes, Sequence[int]], control: Vocabulary) 
 
 
 DEFAULT = "pm-mined"
-STRATEGIES: Mapping[str, Strategy] = {DEFAULT: pm_mined, "exact": exact, "first-segment": first_segment}
+STRATEGIES: dict[str, Strategy] = {DEFAULT: pm_mined, "exact": exact, "first-segment": first_segment}
