@@ -153,7 +153,7 @@ class ControlModel:
         """Split a step into batches that fit into the pool. Short ones first: one batch for all that
         decode.
         """
-        waiting = sorted(sequences, key=lambda sequence: sequence.new_tokens, reverse=True)
+        waiting = sorted(sequences, key=_shape, reverse=True)
         while waiting:
             wave: list[CachedSequence] = []
             while waiting and self._reserve(waiting[-1], wave):
@@ -194,7 +194,7 @@ class ControlModel:
             [sequences].
         """
         groups, start = [], 0
-        for count, members in groupby(wave, key=lambda sequence: sequence.new_tokens):
+        for (count, _), members in groupby(wave, key=_shape):
             groups.append(self._group(list(members), count, start))
             start += groups[-1].index.numel()
         tokens = [token for sequence in wave for token in sequence.tokens[sequence.cached :]]
@@ -217,6 +217,14 @@ class ControlModel:
             positions=first[:, None] + torch.arange(count, device=self.device),
             slots=slots.flatten(1),
         )
+
+
+def _shape(sequence: CachedSequence) -> tuple[int, int]:
+    """Which sequences are attended in one call: as many new tokens, and contexts of like length.
+
+    A call pads to its longest context, so that less than half of what it attends to is padding.
+    """
+    return sequence.new_tokens, blocks_for(len(sequence.tokens)).bit_length()
 
 
 def _equal(left: Tensor | None, right: Tensor | None) -> bool:

@@ -117,3 +117,20 @@ def test_blocks_are_taken_and_given_back():
     pool.give(first)
     assert pool.free == 3
     assert [blocks_for(n) for n in (0, 1, BLOCK_SIZE, BLOCK_SIZE + 1)] == [0, 1, 1, 2]
+
+
+def test_a_long_context_does_not_make_short_ones_attend_to_as_much(tmp_path):
+    """Contexts of like length are attended together, so that more than half of it is no padding."""
+    save(tmp_path, byte_level(VOCAB), llama(VOCAB))
+    model = ControlModel(str(tmp_path), cache_bytes=10_000_000, device=CPU)
+    lengths = [3, 17, 20, 40, 60, 64, 200, 250]
+    sequences = [CachedSequence(tokens=[1] * length) for length in lengths]
+    model.run(sequences)
+    for sequence in sequences:
+        sequence.change([*sequence.tokens, 2], len(sequence.tokens))
+    (wave,) = model._waves(sequences)
+    step, *_ = model._layout(wave)
+    assert 1 < len(step.groups) < len(sequences)
+    for group in step.groups:
+        own = BLOCK_SIZE * (group.positions[:, -1] // BLOCK_SIZE + 1)
+        assert bool((group.slots.shape[1] < 2 * own).all())

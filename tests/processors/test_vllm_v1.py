@@ -26,6 +26,7 @@ def configuration(family, name, tables, **overrides):
     model = SimpleNamespace(
         served_model_name=name,
         tokenizer=str(family.targets[name]),
+        tokenizer_revision=None,
         get_vocab_size=lambda: Model(family.targets[name]).network.config.vocab_size,
     )
     base = {
