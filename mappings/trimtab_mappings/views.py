@@ -165,7 +165,7 @@ def _row_cells(row: Row) -> tuple[Cell, ...]:
     control = row.control
     uses = () if row.uses is None else (row.uses,)
     kind = row.kind.name.lower()
-    control_id = control.id if control else None
+    control_id = f"#{control.id}" if control else None
     return (row.target.bytes, f"#{row.target.id}", kind, _control_cell(row), control_id, row.distance, *uses)
 
 

@@ -23,7 +23,7 @@ _UNSUPPORTED = ("softcap", "s_aux", "sinks")
 
 @dataclass(frozen=True)
 class Group:
-    """Sequences of the batch that have as many new tokens, and contexts of like length; one call attends all."""
+    """Sequences with as many new tokens and contexts of like length, attended in one call."""
 
     index: Tensor
     """int64 [sequences, new]: where their new tokens stand in the flat batch."""
