@@ -3,6 +3,7 @@
 from trimtab_mappings.building import build_table, cached_table
 from trimtab_mappings.decoding import VocabularyError
 from trimtab_mappings.encoder import ByteEncoder
+from trimtab_mappings.growing import GrowingEncoding
 from trimtab_mappings.loading import load_encoder, load_tokenizer, load_vocabulary
 from trimtab_mappings.pm_mined import nearest
 from trimtab_mappings.strategies import STRATEGIES, Strategy
@@ -14,6 +15,7 @@ __all__ = [
     "STRATEGIES",
     "ByteEncoder",
     "Coverage",
+    "GrowingEncoding",
     "Kind",
     "MappingTable",
     "Strategy",

@@ -52,6 +52,11 @@ class ByteEncoder:
         text = decoder.decode(data)
         return self._encode_text(text), decoder.getstate()[0]
 
+    def spells(self, data: bytes) -> bool:
+        """Whether the tokenizer's own tokens for `data`, but for a character that waits, join to it."""
+        text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(data)
+        return not _UNDECODABLE.search(text) and self.join(self._encode_natively(text)) == text.encode()
+
     def encode_all(self, pieces: Sequence[bytes]) -> list[list[int]]:
         """Encode each of `pieces` by itself, in batches, and to its last byte: nothing waits."""
         encoded: list[list[int]] = []
@@ -115,6 +120,12 @@ class ByteEncoder:
     def _token_or_unknown(self, token: bytes) -> list[int]:
         token_id = self.vocabulary.ids.get(token)
         return self._unknown if token_id is None else [token_id]
+
+    @cached_property
+    def pairs(self) -> frozenset[bytes]:
+        """Every two bytes that stand next to each other in some token."""
+        tokens = self.vocabulary.ids
+        return frozenset(token[i : i + 2] for token in tokens for i in range(len(token) - 1))
 
     @cached_property
     def _longest_token(self) -> int:

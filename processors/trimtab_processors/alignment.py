@@ -11,6 +11,8 @@ from __future__ import annotations
 import codecs
 from typing import TYPE_CHECKING
 
+from trimtab_mappings import GrowingEncoding
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -24,6 +26,7 @@ class Aligner:
         table.check(target, encoder.vocabulary)
         self.target = target
         self.encoder = encoder
+        encoder.pairs  # noqa: B018 - computed here, not within a step
         self.mapping: list[int] = table.mapping.tolist()
         self.exact: list[bool] = table.exact.tolist()
 
@@ -50,6 +53,7 @@ class Alignment:
         self.realignments = 0
         """How often the text was tokenized anew."""
         self._run = bytearray()
+        self._encoding = GrowingEncoding(aligner.encoder)
         self._run_start = len(self.tokens)
         self._settled = 0
         """Bytes of the run that were tokenized as text; the rest of it came in exact tokens."""
@@ -94,6 +98,7 @@ class Alignment:
         if (counterpart := self._aligner.mapping[special]) >= 0:
             self.tokens.append(counterpart)
         self._run.clear()
+        self._encoding = GrowingEncoding(self._aligner.encoder)
         self._run_start, self._settled = len(self.tokens), 0
         return kept
 
@@ -107,10 +112,10 @@ class Alignment:
         return kept
 
     def _retokenize(self, *, final: bool) -> int:
-        text, encoder = bytes(self._run[: self._settled]), self._aligner.encoder
-        fresh = encoder.encode_all([text])[0] if final else encoder.encode(text)[0]
-        kept = self._run_start + common_prefix(self.tokens[self._run_start :], fresh)
-        self.tokens[kept:] = fresh[kept - self._run_start :]
+        settled, fresh = self._encoding.encode(self._run[: self._settled], final=final)
+        start = self._run_start + settled
+        kept = start + common_prefix(self.tokens[start:], fresh)
+        self.tokens[kept:] = fresh[kept - start :]
         self.realignments += 1
         self._stale = False
         return kept

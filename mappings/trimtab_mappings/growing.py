@@ -1,0 +1,79 @@
+"""The encoding of a text that grows at its end, at a cost that does not grow with the text."""
+
+from __future__ import annotations
+
+import math
+from itertools import islice
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from trimtab_mappings.encoder import ByteEncoder
+
+_STRIDE = 256
+_MARGIN = 64
+_ATTEMPTS = 4  # places that are tried before the text is let grow by another stride
+
+
+class GrowingEncoding:
+    """What `ByteEncoder.encode` gives for a growing text, by encoding only what stands behind a joint.
+
+    A joint is a place across which no token can reach, since no token of the vocabulary has the two bytes
+    beside it next to each other. Where the tokenizer first cuts a text into words by rules of its own, those
+    could still look across; so a joint is taken only if both sides, encoded apart, give the tokens that they
+    gave together, with `margin` bytes of text behind it. A text that the tokenizer itself can't spell has no
+    joints: it is encoded whole at every step.
+    """
+
+    def __init__(self, encoder: ByteEncoder, *, stride: int = _STRIDE, margin: int = _MARGIN) -> None:
+        """Begin with an empty text.
+
+        Args:
+            encoder: whose encoding it is.
+            stride: how many bytes are encoded anew before a joint is looked for.
+            margin: how many bytes stay behind a joint, at least.
+        """
+        self._encoder = encoder
+        self._stride, self._margin = stride, margin
+        self._joint = 0
+        self._settled = 0
+        """How many tokens stand before the joint."""
+        self._search_at: float = stride
+
+    def encode(self, text: bytes | bytearray, *, final: bool = False) -> tuple[int, list[int]]:
+        """Encode `text`, which begins as the last one did; a final one waits for no character's last byte.
+
+        Returns:
+            How many tokens are as they were, and the tokens behind them.
+        """
+        rest = bytes(text[self._joint :])
+        if self._joint and not self._encoder.spells(rest):
+            self._joint, self._settled, self._search_at = 0, 0, math.inf
+            rest = bytes(text)
+        ids, settled = self._encode(rest, final=final), self._settled
+        if len(rest) >= self._search_at and not final:
+            self._move_joint(rest, ids)
+        return settled, ids
+
+    def _encode(self, data: bytes, *, final: bool) -> list[int]:
+        return self._encoder.encode_all([data])[0] if final else self._encoder.encode(data)[0]
+
+    def _move_joint(self, rest: bytes, ids: Sequence[int]) -> None:
+        self._search_at = len(rest) + self._stride
+        if not self._encoder.spells(rest):
+            return
+        for place in islice(self._candidates(rest), _ATTEMPTS):
+            before = self._encode(rest[:place], final=True)
+            if before + self._encode(rest[place:], final=False) == ids:
+                self._joint += place
+                self._settled += len(before)
+                self._search_at = self._stride
+                return
+
+    def _candidates(self, rest: bytes) -> Iterator[int]:
+        """The places where a joint could be, the last one first."""
+        for place in range(len(rest) - self._margin, 0, -1):
+            within_character = rest[place] & 0xC0 == 0x80
+            if not within_character and rest[place - 1 : place + 1] not in self._encoder.pairs:
+                yield place
