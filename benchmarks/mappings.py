@@ -1,8 +1,8 @@
 """How long a mapping table takes, and how much memory: what a server pays for a pair that it has not seen.
 
-Every pair is built in a process of its own, on one core, without transformers and torch. `nearest` is PM-MinED
-alone; `build` is the whole table, with every target token tokenized by the control. The reference's algorithm
-(all pairs of tokens, edit distances of those of which one begins the other) runs on a sample of the tokens.
+Every pair is built in a process of its own, on one core, without transformers and torch. `nearest` is
+PM-MinED alone; `build` is the whole table, with every target token tokenized by the control. The reference's
+algorithm (all pairs of tokens, edit distances of those of which one begins the other) runs on a sample.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ESTRANGED = "estranged"  # as many tokens as tekken's, of which hardly one is th
 
 
 def main(
-    pair: Annotated[list[str], typer.Option(help="TARGET:CONTROL; may be repeated.")] = list(PAIRS),  # noqa: B006
+    pair: Annotated[list[str], typer.Option(help="TARGET:CONTROL; may be repeated.")] = list(PAIRS),
     rounds: Annotated[int, typer.Option(min=1, help="How often everything is timed; the median counts.")] = 5,
     sample: Annotated[int, typer.Option(min=1, help="Target tokens for the reference's algorithm.")] = 40,
 ) -> None:
@@ -59,12 +59,12 @@ def main(
                 f"{result['reference_s'] / result['nearest_s']:,.0f}" if result["missing"] else "-",
             )
     console.print(table)
-    print(json.dumps({"benchmark": "mappings", "rounds": rounds, "results": results}))  # noqa: T201
+    print(json.dumps({"benchmark": "mappings", "rounds": rounds, "results": results}))
 
 
 def prepare(directory: Path, names: set[str]) -> None:
     """Write each tokenizer as one `tokenizers` file; only this needs transformers."""
-    from vocabularies import real  # noqa: PLC0415 - not in the processes that are measured
+    from vocabularies import real
 
     for name in names - {ESTRANGED}:
         real(name, directory).backend_tokenizer.save(str(directory / f"{name}.json"))
@@ -82,8 +82,8 @@ def in_a_process(directory: Path, *arguments: object) -> dict[str, Any]:
 def measure(directory: Path, target_name: str, control_name: str, rounds: int, sample: int) -> dict[str, Any]:
     """Measure one pair, on one core."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    from trimtab_mappings import MappingTable, build_table, nearest  # noqa: PLC0415 - nothing else is measured
-    from trimtab_mappings.vocabulary import index_tokens  # noqa: PLC0415
+    from trimtab_mappings import MappingTable, build_table, nearest
+    from trimtab_mappings.vocabulary import index_tokens
 
     target = load(directory / f"{target_name}.json").vocabulary
     if control_name == ESTRANGED:
@@ -127,10 +127,10 @@ def peak_mb() -> float:
 
 def load(path: Path) -> Any:
     """The encoder of a saved tokenizer, without transformers."""
-    from tokenizers import Tokenizer  # noqa: PLC0415 - not for the process that prepares
+    from tokenizers import Tokenizer
 
-    from trimtab_mappings import ByteEncoder, Vocabulary  # noqa: PLC0415
-    from trimtab_mappings.decoding import byte_tokens, read_tokens  # noqa: PLC0415
+    from trimtab_mappings import ByteEncoder, Vocabulary
+    from trimtab_mappings.decoding import byte_tokens, read_tokens
 
     backend = Tokenizer.from_file(str(path))
     special = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
@@ -142,16 +142,16 @@ def load(path: Path) -> Any:
 
 def estranged(tokens: tuple[bytes, ...]) -> tuple[bytes, ...]:
     """The same tokens, each with a tail that none of them has: every one has a neighbour, none a twin."""
-    return tuple(token + b"\xf5" for token in tokens)
+    return tuple(token and token + b"\xf5" for token in tokens)
 
 
 def reference_seconds(missing: list[bytes], control: list[bytes], sample: int) -> float:
     """What all of `missing` would take by the reference's algorithm, in seconds, from a sample of them."""
-    from rapidfuzz.distance import Levenshtein  # noqa: PLC0415 - only for this
+    from rapidfuzz.distance import Levenshtein
 
     if not missing:
         return 0.0
-    some = random.Random(0).sample(missing, min(sample, len(missing)))  # noqa: S311 - a sample, no secret
+    some = random.Random(0).sample(missing, min(sample, len(missing)))
     start = time.perf_counter()
     for token in some:
         candidates = [other for other in control if token.startswith(other) or other.startswith(token)]
@@ -162,6 +162,6 @@ def reference_seconds(missing: list[bytes], control: list[bytes], sample: int) -
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         where, one, other, *numbers = sys.argv[2:]
-        print(json.dumps(measure(Path(where), one, other, *map(int, numbers))))  # noqa: T201
+        print(json.dumps(measure(Path(where), one, other, *map(int, numbers))))
     else:
         typer.run(main)

@@ -1,4 +1,4 @@
-"""Which mapping strategy names the control's own next token most often, for pairs of real and trained tokenizers.
+"""Which mapping strategy names the control's own next token most often, for real and trained tokenizers.
 
 Tokenizers are trained on the first texts, and all tables are scored on the others: see `trimtab map score`.
 """
@@ -13,11 +13,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from vocabularies import FAMILIES, REAL, real, train
 
 from trimtab_mappings import STRATEGIES, ByteEncoder, build_table, read_vocabulary
 from trimtab_mappings.scoring import find_meetings, score
 from trimtab_mappings.texts import read_texts
+from vocabularies import FAMILIES, REAL, real, train
 
 PAIRS = (
     "tekken:mistral-v1",
@@ -35,7 +35,7 @@ PAIRS = (
 def main(
     training: Annotated[list[Path], typer.Option(help="Texts to train tokenizers on.")],
     text: Annotated[list[Path], typer.Option(help="Texts to score on.")],
-    pair: Annotated[list[str], typer.Option(help="TARGET:CONTROL; may be repeated.")] = list(PAIRS),  # noqa: B006
+    pair: Annotated[list[str], typer.Option(help="TARGET:CONTROL; may be repeated.")] = list(PAIRS),
 ) -> None:
     """Score every strategy on every pair."""
     texts = read_texts(text)
@@ -58,7 +58,7 @@ def main(
         )
         results.append({"pair": each} | {found.strategy: found.accuracy for found in scores})
     Console(width=110).print(table)
-    print(json.dumps({"benchmark": "scores", "results": results}))  # noqa: T201
+    print(json.dumps({"benchmark": "scores", "results": results}))
 
 
 def encoder_of(name: str, directory: Path, texts: list[str]) -> ByteEncoder:

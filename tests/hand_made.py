@@ -22,7 +22,7 @@ def encoder(tokens: Sequence[str], merges: Sequence[tuple[str, str]] = (), name:
 
 def target() -> ByteEncoder:
     """Has `Sure` and `tea` whole; `q` and `中`'s first bytes are nothing that the control knows."""
-    letters = [*"Surteaq", "ä", "¸"]
+    letters = [*"Surteaq", "ä", "å"]
     merges = [("S", "u"), ("r", "e"), ("Su", "re"), ("t", "e"), ("te", "a")]
     return encoder([*letters, "Su", "re", "Sure", "te", "tea", "</s>"], merges, "the target")
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     _Reader = Callable[[str], bytes]
 
 SPACE_SIGN = "▁"
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Fuse joins the tokens, and Strip then cuts off the dummy prefix
 _WITHOUT_REPLACEMENT = {"ByteFallback", "Fuse", "Strip"}
 _SAMPLES = 16  # runs of tokens that are held against the tokenizer's own decoder

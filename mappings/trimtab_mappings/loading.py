@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,13 +25,11 @@ def load_tokenizer(path_or_id: str, revision: str | None = None) -> PreTrainedTo
     Raises:
         VocabularyError: there is no tokenizer, or only a slow one.
     """
-    native = max(Path(path_or_id).glob("tokenizer.model.v*"), default=None)
     try:
-        tokenizer = _load(path_or_id, revision)
-    except (OSError, ValueError) as error:
-        if native is None:
-            raise VocabularyError(f"no tokenizer can be loaded from {path_or_id!r}: {error}") from error
-        tokenizer = _load_sentencepiece(native)
+        tokenizer = _load_any(path_or_id, revision)
+    except Exception as error:  # transformers lets through whatever a malformed file raises
+        reason = f"{type(error).__name__}: {error}"
+        raise VocabularyError(f"no tokenizer can be loaded from {path_or_id!r}: {reason}") from error
     backend_of(tokenizer, path_or_id)
     return tokenizer
 
@@ -54,12 +53,12 @@ def load_encoder(path_or_id: str, revision: str | None = None) -> ByteEncoder:
 
 
 def generation_eos(path_or_id: str, revision: str | None = None) -> tuple[int, ...]:
-    """All tokens that end a generation by the model's generation config; none where it has no such file."""
+    """All tokens that end a generation by the model's generation config; none where it can't be read."""
     from transformers import GenerationConfig  # noqa: PLC0415 - heavy: only where it is used
 
     try:
         eos = GenerationConfig.from_pretrained(path_or_id, revision=revision).eos_token_id
-    except OSError:
+    except (OSError, TypeError):
         return ()
     return (eos,) if isinstance(eos, int) else tuple(eos or ())
 
@@ -69,13 +68,28 @@ def _read(path_or_id: str, revision: str | None) -> tuple[PreTrainedTokenizerBas
     return tokenizer, read_vocabulary(tokenizer, path_or_id, generation_eos(path_or_id, revision))
 
 
+def _load_any(path_or_id: str, revision: str | None) -> PreTrainedTokenizerBase:
+    native = max(Path(path_or_id).glob("tokenizer.model.v*"), default=None)
+    try:
+        return _load(path_or_id, revision)
+    except (OSError, ValueError):
+        if native is None:
+            raise
+        return _load_sentencepiece(native)
+
+
 def _load(path_or_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer  # noqa: PLC0415 - heavy: only where it is used
 
+    # tiktoken would keep a copy of a file by its path, and read the copy when the file is another
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")
     # beside a tekken.json transformers would choose Mistral's own tokenizer, which is no fast one
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         path_or_id, revision=revision, trust_remote_code=False, mistral_format=False
     )
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
+        # all that transformers knows of some kinds of model without files
+        raise ValueError("there are no tokens but special ones")
     if tokenizer.eos_token is None and "[INST]" in tokenizer.get_added_vocab():
         # a tekken.json names its special tokens, but not their roles
         tokenizer.add_special_tokens(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from trimtab_mappings import ByteEncoder, Vocabulary, read_vocabulary
+from trimtab_mappings import ByteEncoder, Vocabulary, load_encoder, load_tokenizer, read_vocabulary
 
 SENTENCES = [
     "The cat sat on the mat, and the dog didn't.",
@@ -21,14 +25,18 @@ SENTENCES = [
     "    indented(the, text)\n\tand tabs </s> <s>",
 ] * 3
 SPECIALS = ["<unk>", "<s>", "</s>"]
+ROLES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 WORDS = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
 
 
 def wrap(tokenizer: Tokenizer, **roles: str) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **roles
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ROLES, **roles)
+
+
+def copy_of(tokenizer: PreTrainedTokenizerBase, **roles: str) -> PreTrainedTokenizerFast:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **(tokenizer.special_tokens_map | roles))
 
 
 def byte_level() -> PreTrainedTokenizerFast:
@@ -63,6 +71,44 @@ def _train_byte_level(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def with_added_tokens() -> PreTrainedTokenizerFast:
+    """With tokens that were added after the training: text that stays whole, and a special one."""
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("the cat", special=False)])
+    tokenizer.add_tokens([AddedToken("<|image|>", special=True)], special_tokens=True)
+    return tokenizer
+
+
+def padded() -> PreTrainedTokenizerFast:
+    """With ids in its midst that no token has."""
+    state = json.loads(byte_level().backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    state["model"]["vocab"] = {token: i + 64 * (i > 300) for token, i in vocabulary.items()}
+    return wrap(Tokenizer.from_str(json.dumps(state)))
+
+
+def tiktoken_ranks() -> dict[bytes, int]:
+    """The tokens of `byte_level` but for the special ones, as tiktoken counts them."""
+    spelled = {character: byte for byte, character in bytes_to_unicode().items()}
+    vocabulary = byte_level().backend_tokenizer.get_vocab(with_added_tokens=False)
+    tokens = sorted(vocabulary.keys() - {*SPECIALS}, key=vocabulary.__getitem__)
+    return {bytes(spelled[character] for character in token): rank for rank, token in enumerate(tokens)}
+
+
+def save_tiktoken(path: Path) -> None:
+    """Write the tokens of `byte_level` as tiktoken does, and beside them which are the special ones."""
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in tiktoken_ranks().items()]
+    path.write_text("".join(lines), encoding="utf-8")
+    path.with_name("tokenizer_config.json").write_text(json.dumps(ROLES), encoding="utf-8")
+
+
+def tiktoken() -> PreTrainedTokenizerBase:
+    """As transformers converts it; its special tokens come behind the others."""
+    with tempfile.TemporaryDirectory() as directory:
+        save_tiktoken(Path(directory) / "tiktoken.model")
+        return load_tokenizer(directory)
+
+
 def byte_fallback() -> PreTrainedTokenizerFast:
     """As Llama and Mistral were first converted: spaces by the normalizer, no splits."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -75,6 +121,18 @@ def byte_fallback_metaspace() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     return wrap(_train_byte_fallback(tokenizer))
+
+
+def byte_fallback_without_prefix() -> PreTrainedTokenizerFast:
+    """As Gemma: no space before the text, and none cut off."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer = _train_byte_fallback(tokenizer)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return wrap(tokenizer)
 
 
 def _train_byte_fallback(tokenizer: Tokenizer) -> Tokenizer:
@@ -115,6 +173,33 @@ def unigram() -> PreTrainedTokenizerFast:
     return wrap(tokenizer)
 
 
+def unigram_with_bytes() -> PreTrainedTokenizerFast:
+    """As SentencePiece trains with byte fallback where it is not told to merge."""
+    state = json.loads(unigram().backend_tokenizer.to_str())
+    pieces = [(piece, score) for piece, score in state["model"]["vocab"] if piece not in SPECIALS]
+    rare = [(token, 0.0) for token in SPECIALS] + [(token, -100.0) for token in BYTE_TOKENS]
+    tokenizer = Tokenizer(models.Unigram([*rare, *pieces], unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(SPECIALS)
+    return wrap(tokenizer)
+
+
+def word_piece() -> PreTrainedTokenizerFast:
+    """As BERT: words without the spaces between them, `##` before what continues a word."""
+    characters = sorted({*"".join(SENTENCES)} - {*" \n\t"})
+    continued = [f"##{part}" for part in (*characters, "he", "ed", "llo")]
+    tokens = [*SPECIALS, *characters, *continued, "the", "The", "cat", "sat", "on", "hello", "world", "text"]
+    tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(SPECIALS)
+    return wrap(tokenizer)
+
+
 def by_hand(tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> PreTrainedTokenizerFast:
     """A BPE that spells a space `▁`, of these tokens and merges in this order."""
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
@@ -123,42 +208,67 @@ def by_hand(tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> PreTrai
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-WITH_ALL_BYTES = (byte_level, byte_level_ignoring_merges, byte_fallback, byte_fallback_metaspace)
+WITH_ALL_BYTES = (
+    *(byte_level, byte_level_ignoring_merges, with_added_tokens, padded, tiktoken),
+    *(byte_fallback, byte_fallback_metaspace, byte_fallback_without_prefix, unigram_with_bytes),
+)
 WITHOUT_BYTES = (metaspace, unigram)
+FAMILIES = (*WITH_ALL_BYTES, *WITHOUT_BYTES, word_piece)
 
 
 @dataclass(frozen=True, repr=False)
 class Read:
     """A tokenizer, its vocabulary, and the encoder that belongs to them."""
 
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     encoder: ByteEncoder
 
     def joined(self, ids: Iterable[int]) -> bytes:
-        return b"".join(self.vocabulary.tokens[i] for i in ids)
+        return self.encoder.join(ids)
+
+    def natively(self, text: str) -> list[int]:
+        """The text in tokens as the tokenizer itself chooses them."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    @property
+    def characters(self) -> list[str]:
+        """All characters that are tokens."""
+        texts = (token.decode(errors="replace") for token in self.vocabulary.ids)
+        return sorted({text for text in texts if len(text) == 1} | {" "})
 
 
-def read(tokenizer: PreTrainedTokenizerFast, name: str = "") -> Read:
+def read(tokenizer: PreTrainedTokenizerBase, name: str = "") -> Read:
     vocabulary = read_vocabulary(tokenizer, name)
     return Read(tokenizer, vocabulary, ByteEncoder(tokenizer, vocabulary))
+
+
+@cache
+def read_family(family: Callable[[], PreTrainedTokenizerBase]) -> Read:
+    return read(family())
 
 
 @pytest.fixture(scope="session", params=WITH_ALL_BYTES, ids=lambda family: family.__name__)
 def complete(request) -> Read:
     """A tokenizer that can spell any bytes."""
-    return read(request.param())
+    return read_family(request.param)
 
 
 @pytest.fixture(scope="session", params=WITHOUT_BYTES, ids=lambda family: family.__name__)
 def incomplete(request) -> Read:
     """A tokenizer that knows only the characters that it was trained on."""
-    return read(request.param())
+    return read_family(request.param)
 
 
 @pytest.fixture(scope="session", params=WITH_ALL_BYTES + WITHOUT_BYTES, ids=lambda family: family.__name__)
+def with_spaces(request) -> Read:
+    """A tokenizer in whose vocabulary spaces are spelled."""
+    return read_family(request.param)
+
+
+@pytest.fixture(scope="session", params=FAMILIES, ids=lambda family: family.__name__)
 def any_family(request) -> Read:
-    return read(request.param())
+    return read_family(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -172,10 +282,41 @@ def llama_like() -> Read:
 
 
 @pytest.fixture(scope="session")
+def bert_like() -> Read:
+    return read(word_piece(), "bert-like")
+
+
+@pytest.fixture(scope="session")
 def merging() -> Read:
     """Its merges make `a`, `bc` of `abc`, where the longest token from the left would be `ab`; `c▁` reaches
     across words, and no merge makes `abc`."""
     return read(by_hand([*"abcs<>▁Ġ", "ab", "bc", "c▁", "abc"], [("b", "c"), ("a", "b"), ("c", "▁")]))
+
+
+@pytest.fixture(scope="session", params=["tiktoken.model", "tokenizer.model"])
+def tiktoken_file(request, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tiktoken") / request.param
+    save_tiktoken(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mistral_data() -> Path:
+    """The real Mistral tokenizers that `mistral_common` ships."""
+    package = pytest.importorskip("mistral_common", reason="mistral_common ships the real tokenizers")
+    return Path(package.__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def mistral(mistral_data, tmp_path_factory) -> dict[str, ByteEncoder]:
+    """Their encoders, each from a directory with nothing but Mistral's own file."""
+    encoders = {}
+    for path in sorted({*mistral_data.iterdir()} - {*mistral_data.glob("*m1")}):  # m1: v7 again, for images
+        own_name = "tekken.json" if path.suffix == ".json" else f"tokenizer.model{path.suffix}"
+        directory = tmp_path_factory.mktemp(path.name)
+        (directory / own_name).symlink_to(path)
+        encoders[path.name] = load_encoder(str(directory))
+    return encoders
 
 
 @pytest.fixture(scope="session")

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from trimtab_mappings import ByteEncoder, build_table, load_encoder, read_vocabulary
+from trimtab_mappings import ByteEncoder, build_table, read_vocabulary
 
-REAL = {
-    "v1": ("tokenizer.model.v1", "tokenizer.model"),
-    "v3": ("mistral_instruct_tokenizer_240323.model.v3", "tokenizer.model"),
-    "tekken": ("tekken_240718.json", "tekken.json"),
-}
+V1 = "tokenizer.model.v1"
+V3 = "mistral_instruct_tokenizer_240323.model.v3"
+TEKKEN = "tekken_240718.json"
+SENTENCEPIECE = (
+    *(V1, "mistral_instruct_tokenizer_240216.model.v2", V3),
+    "mistral_instruct_tokenizer_241114.model.v7",
+)
+ALL = (*SENTENCEPIECE, TEKKEN, "tekken_240911.json")
+REAL = (V1, V3, TEKKEN)
 
 
 @dataclass(frozen=True)
@@ -30,18 +35,14 @@ class Reference:
     llama: list[str]
 
 
-@pytest.fixture(scope="module")
-def mistral(tmp_path_factory):
-    """The real Mistral tokenizers that `mistral_common` ships."""
-    package = pytest.importorskip("mistral_common", reason="mistral_common ships the real tokenizers")
-    data = Path(package.__file__).parent / "data"
-    encoders = {}
-    for name, (source, as_name) in REAL.items():
-        directory = tmp_path_factory.mktemp(name)
-        (directory / as_name).symlink_to(data / source)
-        (directory / "config.json").write_text('{"model_type": "mistral"}')
-        encoders[name] = load_encoder(str(directory))
-    return encoders
+@pytest.fixture(scope="module", params=ALL)
+def by_mistral(request, mistral, mistral_data):
+    """How Mistral itself encodes, our reading of the same vocabulary, and what may stand before a text."""
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    own = MistralTokenizer.from_file(str(mistral_data / request.param)).instruct_tokenizer.tokenizer
+    prefix = b" " if request.param in SENTENCEPIECE else b""
+    return own, mistral[request.param], prefix
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +70,24 @@ def llama(reference):
 
 @pytest.fixture(scope="module")
 def mistral_to_llama(mistral, llama):
-    target = mistral["v1"].vocabulary
+    target = mistral[V1].vocabulary
     return target, build_table(target, llama)
+
+
+@given(text=st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"])))
+@example(text="Größe ≠ 大小:\n\n\tdef f(x): return x  # 🙂 </s> [INST]\n<0xE4>")
+@example(text=" \0 ")
+def test_what_mistral_encodes_joins_to_the_text(by_mistral, text):
+    own, encoder, prefix = by_mistral
+    ids = own.encode(text, bos=False, eos=False)
+    assert encoder.join(ids) == (prefix + text.encode() if text else b"")
+
+
+def test_the_special_tokens_are_mistral_s(by_mistral):
+    own, encoder, _ = by_mistral
+    roles = encoder.vocabulary.roles
+    assert (roles["bos"], roles["eos"]) == ((own.bos_id,), (own.eos_id,))
+    assert len(encoder.vocabulary) == own.n_words
 
 
 def test_the_authors_table_is_reproduced_but_for_one_row(reference, mistral_to_llama):
@@ -83,16 +100,17 @@ def test_the_authors_table_is_reproduced_but_for_one_row(reference, mistral_to_l
     assert [target.tokens[i] for i in differing] == [b"<?>"]
 
 
-def test_the_authors_exact_rows_are_reproduced_but_for_control_characters(reference, mistral_to_llama):
+def test_the_authors_exact_rows_are_reproduced_but_for_control_characters(reference, mistral_to_llama, llama):
     target, table = mistral_to_llama
     theirs = reference.exact.copy()
     theirs[list(target.special)] = False
     differing = np.flatnonzero(theirs != table.exact)
     only_theirs = [target.tokens[i] for i in differing if theirs[i]]
-    only_ours = [target.tokens[i] for i in differing if table.exact[i]]
+    only_ours = {target.tokens[i]: table.mapping[i] for i in differing if table.exact[i]}
     assert only_theirs == [b"<?>"]
-    # one-byte characters, which Llama has as byte tokens only
-    assert all(len(token) == 1 for token in only_ours)
+    # Llama has them as byte tokens only, which the reference spells `<0x..>`
+    assert {len(token) for token in only_ours} == {1}
+    assert {*only_ours.values()} <= llama.vocabulary.byte_fallback
 
 
 def test_the_authors_unmapped_rows_find_a_byte_token_but_for_five(reference, mistral_to_llama, llama):
@@ -110,12 +128,11 @@ def test_the_authors_unmapped_rows_find_a_byte_token_but_for_five(reference, mis
 def test_real_tables_spell_every_token_of_the_target(mistral, target_name, control_name):
     target, control = mistral[target_name].vocabulary, mistral[control_name]
     table = build_table(target, control)
-    segments = (table.segment(token_id) for token_id in range(len(target)))
-    spelled = [b"".join(control.vocabulary.tokens[i] for i in segment) for segment in segments]
+    spelled = [control.join(table.segment(token_id)) for token_id in range(len(target))]
     assert spelled == list(target.tokens)
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", ALL)
 def test_a_real_vocabulary_maps_to_itself(mistral, name):
     control = mistral[name]
     table = build_table(control.vocabulary, control)
@@ -126,14 +143,13 @@ def test_a_real_vocabulary_maps_to_itself(mistral, name):
 
 
 def test_what_two_mistral_vocabularies_share_is_exact(mistral):
-    table = build_table(mistral["v1"].vocabulary, mistral["v3"])
-    assert table.coverage.exact == 32_000 - 3
-    assert table.coverage.none == 0
+    coverage = build_table(mistral[V1].vocabulary, mistral[V3]).coverage
+    assert coverage == (32_000 - 3, 0, 0, 3, 0)
 
 
-def test_a_real_text_survives_every_real_vocabulary(mistral):
+@pytest.mark.parametrize("name", ALL)
+def test_a_real_text_survives_every_real_vocabulary(mistral, name):
     text = "Größe ≠ 大小:\n\n\tdef f(x): return x  # 🙂 ▁ </s> [INST]\n".encode()
-    for encoder in mistral.values():
-        ids, waiting = encoder.encode(text + b"\xe2\x82")
-        assert b"".join(encoder.vocabulary.tokens[i] for i in ids) == text
-        assert waiting == b"\xe2\x82"
+    ids, waiting = mistral[name].encode(text + b"\xe2\x82")
+    assert mistral[name].join(ids) == text
+    assert waiting == b"\xe2\x82"

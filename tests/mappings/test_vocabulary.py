@@ -1,22 +1,20 @@
-"""A vocabulary is the bytes that a tokenizer's tokens stand for, however it spells them."""
+"""A vocabulary is what a table needs of a tokenizer: its tokens' bytes and its special tokens' roles."""
 
 from __future__ import annotations
-
-import json
-import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from trimtab_mappings import VocabularyError, load_tokenizer, load_vocabulary, read_vocabulary
+from trimtab_mappings import ROLES, read_vocabulary
 from trimtab_mappings.vocabulary import index_tokens
 
-# no `<`, of which special tokens are made; no `▁`, which SentencePiece itself takes for a space
-TEXT = st.text(st.characters(exclude_characters="<▁", exclude_categories=["Cs"]))
-KNOWN_TEXT = st.lists(st.sampled_from(["the", "cat", "中文", "naïve", "x", ","])).map(" ".join)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }} <|eot|>\n{% endfor %}"
+)
+NEW_SPECIALS = ["<|eot|>", "<|user|>", "<|assistant|>"]
 
 
 def from_spellings(spellings, **roles):
@@ -27,32 +25,21 @@ def from_spellings(spellings, **roles):
     return PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
 
 
-def copy_of(tokenizer):
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
-        **tokenizer.special_tokens_map,
-    )
+def for_chats(read, template=None):
+    """A copy with tokens for chats, none of them special by itself, and where the first of them is."""
+    backend = Tokenizer.from_str(read.tokenizer.backend_tokenizer.to_str())
+    backend.add_tokens([AddedToken(token, special=False) for token in NEW_SPECIALS])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **read.tokenizer.special_tokens_map)
+    tokenizer.chat_template = template
+    return tokenizer, tokenizer.convert_tokens_to_ids("<|eot|>")
 
 
-@given(text=TEXT)
-def test_the_bytes_of_a_text_s_tokens_join_to_the_text(complete, text):
-    text = unicodedata.normalize("NFC", text)  # as one of the families does
-    data = text.encode()
-    joined = complete.joined(complete.tokenizer.encode(text, add_special_tokens=False))
-    assert joined in (data, b" " + data)
-
-
-@given(text=KNOWN_TEXT)
-def test_the_same_holds_without_bytes_for_characters_that_are_known(incomplete, text):
-    joined = incomplete.joined(incomplete.tokenizer.encode(text, add_special_tokens=False))
-    assert joined in (text.encode(), b" " + text.encode())
-
-
-def test_tokens_of_one_spelling_rule_have_the_bytes_of_another(gpt2_like, llama_like):
+def test_tokens_of_one_spelling_rule_have_the_bytes_of_another(gpt2_like, llama_like, bert_like):
     assert {"Ġ", "Ċ"} <= gpt2_like.tokenizer.get_vocab().keys()
     assert {"▁", "\n"} <= llama_like.tokenizer.get_vocab().keys()
     both = gpt2_like.vocabulary.ids.keys() & llama_like.vocabulary.ids.keys()
     assert {b" ", "中".encode(), b"\n"} <= both
+    assert b" cat" in gpt2_like.vocabulary.ids.keys() & bert_like.vocabulary.ids.keys()
 
 
 def test_every_byte_has_a_token_in_a_family_with_bytes(complete):
@@ -60,20 +47,32 @@ def test_every_byte_has_a_token_in_a_family_with_bytes(complete):
 
 
 def test_special_tokens_stand_for_no_text(any_family):
-    vocabulary = any_family.vocabulary
-    assert vocabulary.special == {0, 1, 2}
+    vocabulary, ids = any_family.vocabulary, any_family.tokenizer.get_vocab()
+    specials = {"<unk>", "<s>", "</s>", "<|image|>"} & ids.keys()
+    assert vocabulary.special == {ids[token] for token in specials}
     assert {vocabulary.tokens[i] for i in vocabulary.special} == {b""}
-    assert vocabulary.roles == {"unk": (0,), "bos": (1,), "eos": (2,)}
+
+
+def test_special_tokens_have_the_roles_that_the_tokenizer_gives_them(any_family):
+    ids = any_family.tokenizer.get_vocab()
+    roles = {"unk": (ids["<unk>"],), "bos": (ids["<s>"],), "eos": (ids["</s>"],)}
+    assert any_family.vocabulary.roles == roles
+
+
+def test_a_tokenizer_without_special_tokens_is_read_without_a_warning():
+    assert read_vocabulary(from_spellings("ab")).roles == {}
 
 
 def test_a_dummy_prefix_is_noticed(any_family):
-    text = any_family.tokenizer.encode("a", add_special_tokens=False)
-    assert any_family.vocabulary.dummy_prefix == (any_family.joined(text) == b" a")
+    assert any_family.vocabulary.dummy_prefix == (any_family.joined(any_family.natively("a")) == b" a")
 
 
-def test_gpt2_has_no_dummy_prefix_and_llama_has(gpt2_like, llama_like):
-    assert not gpt2_like.vocabulary.dummy_prefix
-    assert llama_like.vocabulary.dummy_prefix
+def test_llama_and_bert_have_a_dummy_prefix_and_gpt2_has_none(gpt2_like, llama_like, bert_like):
+    assert [read.vocabulary.dummy_prefix for read in (gpt2_like, llama_like, bert_like)] == [
+        False,
+        True,
+        True,
+    ]
 
 
 def test_byte_tokens_are_told_from_tokens_of_text(gpt2_like, llama_like):
@@ -91,31 +90,61 @@ def test_the_lowest_id_stands_for_tokens_of_the_same_bytes():
     assert index_tokens([b"", b"b", b"a", b"a", b"b"], byte_fallback={1}) == {b"a": 2, b"b": 4}
 
 
-def test_added_tokens_that_are_not_special_stand_for_what_they_are_matched_against(gpt2_like):
-    tokenizer = copy_of(gpt2_like.tokenizer)
-    size = len(tokenizer)
-    tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("é!", special=False)])
-    tokenizer.add_tokens([AddedToken("<|image|>", special=True)], special_tokens=True)
-    vocabulary = read_vocabulary(tokenizer)
-    assert vocabulary.tokens[size:] == (b"<think>", "é!".encode(), b"")
-    assert vocabulary.special == gpt2_like.vocabulary.special | {size + 2}
+@given(
+    tokens=st.lists(st.sampled_from([b"", b"a", b"b", b"ab", b"\xe4"])),
+    fallback=st.frozensets(st.integers(0, 9)),
+)
+def test_every_token_but_the_empty_one_is_found_by_its_bytes(tokens, fallback):
+    fallback = {i for i in fallback if i < len(tokens) and len(tokens[i]) == 1}
+    index = index_tokens(tokens, fallback)
+    assert index.keys() == {*tokens} - {b""}
+    for token, found in index.items():
+        same = [i for i, other in enumerate(tokens) if other == token]
+        assert found == min(same, key=lambda i: (i in fallback, i))
 
 
-def test_ids_that_no_token_has_are_empty():
-    backend = Tokenizer(models.BPE({"a": 0, "b": 5}, []))
-    vocabulary = read_vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend))
-    assert vocabulary.tokens == (b"a", b"", b"", b"", b"", b"b")
-    assert len(vocabulary) == 6
-
-
-def test_further_tokens_that_end_a_generation_are_special_and_have_their_role(gpt2_like):
-    tokenizer = copy_of(gpt2_like.tokenizer)
-    tokenizer.add_tokens(["<|eot|>"])
-    end_of_turn = len(tokenizer) - 1
+def test_what_else_ends_a_generation_is_special_and_has_its_role(gpt2_like):
+    tokenizer, end_of_turn = for_chats(gpt2_like)
     vocabulary = read_vocabulary(tokenizer, eos_ids=[2, end_of_turn])
     assert vocabulary.roles["end_of_turn"] == (end_of_turn,)
     assert end_of_turn in vocabulary.special
     assert vocabulary.tokens[end_of_turn] == b""
+    assert vocabulary.tokens[end_of_turn + 1] == b"<|user|>"
+
+
+def test_what_the_chat_template_writes_behind_an_answer_is_an_end_of_turn(gpt2_like):
+    tokenizer, end_of_turn = for_chats(gpt2_like, CHAT_TEMPLATE)
+    vocabulary = read_vocabulary(tokenizer)
+    assert vocabulary.roles["eos"] == (2,)
+    assert vocabulary.roles["end_of_turn"] == (end_of_turn,)
+    assert vocabulary.tokens[end_of_turn] == b""
+
+
+def test_both_sources_of_an_end_of_turn_are_taken(gpt2_like):
+    tokenizer, end_of_turn = for_chats(gpt2_like, CHAT_TEMPLATE)
+    vocabulary = read_vocabulary(tokenizer, eos_ids=[end_of_turn + 1])
+    assert vocabulary.roles["end_of_turn"] == (end_of_turn, end_of_turn + 1)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        pytest.param("{{ messages[-1].content }}", id="writes nothing behind an answer"),
+        pytest.param("{{ messages[-1].content }}\nUser:", id="writes plain text behind it"),
+        pytest.param("{{ messages[-1].content }}</s>", id="writes the end of sequence behind it"),
+        pytest.param("{{ messages[0].content }}<|eot|>", id="does not write the answer"),
+        pytest.param("{{ raise_exception('no') }}<|eot|>", id="refuses the messages"),
+        pytest.param("{{ messages[2].content.text }}<|eot|>", id="asks for a third message"),
+        pytest.param("{{ messages[-1].content }}{{ 1 + '' }}<|eot|>", id="fails in Python"),
+        pytest.param("{% for %}<|eot|>", id="is no template"),
+    ],
+)
+def test_no_end_of_turn_is_found_in_a_template_that(gpt2_like, template):
+    tokenizer, end_of_turn = for_chats(gpt2_like, template)
+    vocabulary = read_vocabulary(tokenizer)
+    assert "end_of_turn" not in vocabulary.roles
+    assert vocabulary.tokens[end_of_turn] == b"<|eot|>"
+    assert vocabulary.fingerprint == read_vocabulary(for_chats(gpt2_like)[0]).fingerprint
 
 
 def test_text_that_ends_a_generation_stays_text(gpt2_like):
@@ -125,23 +154,14 @@ def test_text_that_ends_a_generation_stays_text(gpt2_like):
     assert "end_of_turn" not in vocabulary.roles
 
 
-def test_the_generation_config_says_what_else_ends_a_generation(gpt2_like, tmp_path):
-    tokenizer = copy_of(gpt2_like.tokenizer)
-    tokenizer.add_tokens(["<|eot|>"])
-    tokenizer.save_pretrained(tmp_path)
-    end_of_turn = len(tokenizer) - 1
-    GenerationConfig(eos_token_id=[2, end_of_turn]).save_pretrained(tmp_path)
-    assert load_vocabulary(str(tmp_path)).roles["end_of_turn"] == (end_of_turn,)
+def test_an_end_of_generation_that_is_no_token_is_ignored(gpt2_like):
+    assert read_vocabulary(gpt2_like.tokenizer, eos_ids=[999_999]).roles == gpt2_like.vocabulary.roles
 
 
-@pytest.mark.parametrize("eos", [None, 2])
-def test_a_generation_config_may_say_little_or_nothing(gpt2_like, tmp_path, eos):
-    gpt2_like.tokenizer.save_pretrained(tmp_path)
-    if eos is not None:
-        GenerationConfig(eos_token_id=eos).save_pretrained(tmp_path)
-    vocabulary = load_vocabulary(str(tmp_path))
-    assert vocabulary.name == str(tmp_path)
-    assert vocabulary.fingerprint == gpt2_like.vocabulary.fingerprint
+def test_the_roles_are_those_that_a_table_knows(gpt2_like):
+    tokenizer, end_of_turn = for_chats(gpt2_like)
+    tokenizer.pad_token = "<|user|>"
+    assert read_vocabulary(tokenizer, eos_ids=[end_of_turn]).roles.keys() == {*ROLES}
 
 
 def test_the_fingerprint_is_of_all_that_a_table_depends_on():
@@ -160,32 +180,9 @@ def test_the_fingerprint_is_of_all_that_a_table_depends_on():
     )
 
 
-def test_a_tokenizer_without_special_tokens_is_read_without_a_warning():
-    assert read_vocabulary(from_spellings("ab")).roles == {}
-
-
-def test_a_directory_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(VocabularyError, match=f"no tokenizer can be loaded from '{tmp_path}'"):
-        load_tokenizer(str(tmp_path))
-
-
-def test_a_word_piece_tokenizer_is_refused(tmp_path):
-    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(tmp_path)
-    with pytest.raises(VocabularyError, match=r"WordPiece vocabulary do not join"):
-        load_tokenizer(str(tmp_path))
-
-
-def test_a_slow_tokenizer_is_refused(tmp_path):
-    from transformers import ByT5Tokenizer
-
-    with pytest.raises(VocabularyError, match="bytes: ByT5Tokenizer is not a fast tokenizer"):
-        read_vocabulary(ByT5Tokenizer(), "bytes")
-
-
-def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path):
-    configuration = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(configuration), encoding="utf-8")
-    (tmp_path / "evil.py").write_text("raise SystemExit('ran')\n", encoding="utf-8")
-    with pytest.raises(VocabularyError, match="trust_remote_code"):
-        load_tokenizer(str(tmp_path))
+def test_the_fingerprint_tells_byte_tokens_from_text():
+    as_bytes, as_text = from_spellings(["<0x61>"]), from_spellings(["a"])
+    as_bytes.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    vocabularies = [read_vocabulary(tokenizer) for tokenizer in (as_bytes, as_text)]
+    assert [vocabulary.tokens for vocabulary in vocabularies] == [(b"a",), (b"a",)]
+    assert len({vocabulary.fingerprint for vocabulary in vocabularies}) == 2
