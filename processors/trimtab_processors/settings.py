@@ -33,6 +33,8 @@ class PluginSettings(BaseModel):
     """Where mapping tables are kept."""
     cache_bytes: Annotated[int, Field(gt=0)] = DEFAULT_CACHE_BYTES
     """The keys and values of each control, in bytes."""
+    control_cpus: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Cores on which the controls run beside the target's forward; none: before it, on the engine's own."""
     neutral: bool = True
     """Unmapped tokens get the mean shift; false: none, as in the reference implementation."""
 

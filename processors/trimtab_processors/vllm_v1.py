@@ -7,12 +7,14 @@ its `vllm_xargs`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from trimtab_mappings import load_vocabulary
+from trimtab_processors.beside import Worker
 from trimtab_processors.control import Target
 from trimtab_processors.parameters import ParametersError, parse_xargs
 from trimtab_processors.runtime import Request, Runtime
@@ -67,14 +69,16 @@ class ControlProcessor(LogitsProcessor):
             neutral=settings.neutral,
         )
         self._requests: dict[int, Request] = {}
+        self._worker = Worker(settings.control_cpus)
 
     def is_argmax_invariant(self) -> bool:
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow the batch, then compute the rows of this step; the output lists already end in the last
+        """Follow the batch, then begin the rows of this step; the output lists already end in the last
         tokens.
         """
+        self._worker.wait()  # for a step whose logits were not wanted
         if batch_update:
             for index in batch_update.removed:
                 self._close(index)
@@ -83,10 +87,11 @@ class ControlProcessor(LogitsProcessor):
             for source, destination, direction in batch_update.moved:
                 self._move(source, destination, direction)
         if self._requests:
-            self._runtime.step(list(self._requests.values()))
+            self._worker.start(partial(self._runtime.step, list(self._requests.values())))
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Shift float32 [requests, vocabulary] in place."""
+        self._worker.wait()
         if self._requests:
             self._runtime.apply(logits, self._requests)
         return logits

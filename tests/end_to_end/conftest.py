@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from serving import ENGINE, engine_environment, gateway
+
+# the control of b runs beside its target, those of the others before theirs
+PLUGINS: dict[str, dict] = {"a": {}, "b": {"control_cpus": [min(os.sched_getaffinity(0))]}, "c": {}}
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +20,12 @@ def server(family, tmp_path_factory):
         "controls": {"control": str(family.control)},
         "tables": str(directory / "tables"),
         "models": {
-            name: {"model": str(path), "args": ENGINE, "env": engine_environment(i % 2)}
+            name: {
+                "model": str(path),
+                "args": ENGINE,
+                "env": engine_environment(i % 2),
+                "plugin": PLUGINS[name],
+            }
             for i, (name, path) in enumerate(family.targets.items())
         },
     }

@@ -145,6 +145,12 @@ def test_added_tokens_stand_for_what_they_are_matched_against():
     assert read_vocabulary(tokenizer).tokens[3:] == ("é!".encode(), "a b▁".encode())
 
 
+def test_an_added_token_that_the_model_has_stands_for_what_the_decoder_writes():
+    tokenizer = with_decoder(decoders.Metaspace())
+    tokenizer.add_tokens([AddedToken("▁cat", special=False)])
+    assert read_vocabulary(tokenizer).tokens == (b" the", b" cat", b"s")
+
+
 def test_ids_that_no_token_has_are_empty():
     backend = Tokenizer(models.BPE({"a": 0, "b": 5}, []))
     backend.decoder = decoders.Fuse()

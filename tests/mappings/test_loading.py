@@ -129,6 +129,12 @@ def test_mistral_s_own_file_is_found_whatever_the_model_is(mistral, mistral_data
     assert load_vocabulary(str(tmp_path)).fingerprint == mistral[V3].vocabulary.fingerprint
 
 
+def test_mistral_s_own_class_does_not_come_before_the_fast_one(mistral, mistral_data, tmp_path):
+    (tmp_path / "tekken.json").symlink_to(mistral_data / TEKKEN)
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}', encoding="utf-8")
+    assert load_vocabulary(str(tmp_path)).fingerprint == mistral[TEKKEN].vocabulary.fingerprint
+
+
 def test_a_directory_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(VocabularyError, match=f"{UNREADABLE} '{tmp_path}'"):
         load_tokenizer(str(tmp_path))

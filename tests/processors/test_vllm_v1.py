@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from dataclasses import dataclass
@@ -20,9 +21,13 @@ from trimtab_processors.settings import command_line_settings
 from trimtab_processors.vllm_v1 import ControlProcessor
 
 
-def configuration(family, name, tables, **overrides):
+def configuration(family, name, tables, *, control_cpus=(), **overrides):
     """As much of a VllmConfig as the adapter reads."""
-    plugin = {"controls": {"control": str(family.control)}, "tables": str(tables)}
+    plugin = {
+        "controls": {"control": str(family.control)},
+        "tables": str(tables),
+        "control_cpus": list(control_cpus),
+    }
     model = SimpleNamespace(
         served_model_name=name,
         tokenizer=str(family.targets[name]),
@@ -89,9 +94,11 @@ class Batch:
             job.output.append(token)
 
 
-def test_rows_follow_their_requests_through_every_change_of_the_batch(family, tmp_path):
+@pytest.mark.parametrize("control_cpus", [(), (max(os.sched_getaffinity(0)),)], ids=["before", "beside"])
+def test_rows_follow_their_requests_through_every_change_of_the_batch(family, tmp_path, control_cpus):
     """Joins, leaves, moves, swaps, preemption and resumption: every token is that of the reference."""
-    processor = ControlProcessor(configuration(family, "b", tmp_path), torch.device("cpu"), False)
+    config = configuration(family, "b", tmp_path, control_cpus=control_cpus)
+    processor = ControlProcessor(config, torch.device("cpu"), False)
     target = Model(family.b)
     reference = Reference(target, Model(family.control))
     rng, batch = random.Random(0), Batch(processor)

@@ -80,7 +80,7 @@ def test_numbers_may_stand_for_text_in_the_environment(write_config):
         ({"models": ONE, "timeouts": {"stop": 0}}, "timeouts.stop: Input should be greater than 0, got '0'"),
         (
             {"models": {"m": {"model": "x", "plugin": {"cache": 1}}}},
-            "models.m.plugin.cache: unknown key; allowed here: cache_bytes, controls, neutral, tables",
+            "models.m.plugin.cache: unknown key; allowed here: cache_bytes, control_cpus, controls, neutral",
         ),
         (
             {"models": {"m": {"model": "x", "plugin": {"tables": "t"}}}},
