@@ -3,7 +3,7 @@
 One stock vLLM engine on one core serves a target with random weights (322 M parameters, Llama shape, 32,000
 tokens) with the plugin, once with the control's forward before the target's and once beside it on another
 core. Controlled and uncontrolled batches alternate, all requests of a batch at once; medians over rounds.
-`ceiling` is what the control's forward alone, in series, would leave: 1 / (1 + control forward / target step).
+`ceiling` is what the forward alone would leave in series: 1 / (1 + control forward / target step).
 """
 
 from __future__ import annotations

@@ -40,10 +40,10 @@ def exact(segments: Mapping[bytes, Sequence[int]], control: Vocabulary) -> Mappi
 
 
 def first_segment(segments: Mapping[bytes, Sequence[int]], control: Vocabulary) -> Mapping[bytes, int]:
-    """The first token of the control's own tokenization of the token's bytes."""
-    return {
-        token: segment[0] for token, segment in segments.items() if segment and control.tokens[segment[0]]
-    }
+    """The first token of the control's own tokenization of the token, where that spells how it begins."""
+    first = {token: segment[0] for token, segment in segments.items() if segment}
+    spelled = control.tokens
+    return {token: i for token, i in first.items() if spelled[i] and token.startswith(spelled[i])}
 
 
 DEFAULT = "pm-mined"

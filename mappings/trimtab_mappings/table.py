@@ -120,7 +120,7 @@ class MappingTable:
     def kinds(self) -> NDArray[np.uint8]:
         """uint8 [V_target]: the `Kind` of each row."""
         lengths = np.diff(self.target_offsets)
-        shorter = np.diff(self.control_offsets)[self.mapping] < lengths
+        shorter = np.append(np.diff(self.control_offsets), 0)[self.mapping] < lengths  # -1 has no length
         text = np.where(shorter, Kind.PREFIX, Kind.EXTENSION)
         text[self.exact] = Kind.EXACT
         mapped = np.where(lengths > 0, text, Kind.ROLE)

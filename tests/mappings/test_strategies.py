@@ -107,3 +107,18 @@ def test_each_strategy_chooses_in_its_own_way_among_the_same_tokens(strategy, ro
     words = {token: i for token, i in zip(target.tokens, mapping, strict=True) if len(token) > 1 and i >= 0}
     tokens = control.vocabulary.tokens
     assert {token.decode(): tokens[i].decode() for token, i in words.items()} == rows
+
+
+def test_first_segment_takes_no_token_from_behind_what_the_control_can_not_spell():
+    control = hand_made.control()  # it has no q, and no unknown token to stand for it
+    target = hand_made.encoder([*"qSu", "qS", "Su"], [("q", "S"), ("S", "u")])
+    table = build_table(target.vocabulary, control, "first-segment")
+    ids = target.vocabulary.ids
+    assert (table.mapping[ids[b"qS"]], table.kinds[ids[b"qS"]]) == (-1, Kind.NONE)
+    assert table.mapping[ids[b"Su"]] == control.vocabulary.ids[b"S"]
+
+
+def test_a_control_without_any_token_leaves_everything_unmapped():
+    table = build_table(hand_made.target().vocabulary, hand_made.encoder(["</s>"]))
+    assert table.coverage.none == len(table.mapping) - 1
+    assert table.coverage.role == 1

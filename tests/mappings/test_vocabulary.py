@@ -136,6 +136,8 @@ def test_both_sources_of_an_end_of_turn_are_taken(gpt2_like):
         pytest.param("{{ raise_exception('no') }}<|eot|>", id="refuses the messages"),
         pytest.param("{{ messages[2].content.text }}<|eot|>", id="asks for a third message"),
         pytest.param("{{ messages[-1].content }}{{ 1 + '' }}<|eot|>", id="fails in Python"),
+        pytest.param("{{ messages[-1].content }}{{ 1 / 0 }}<|eot|>", id="divides by zero"),
+        pytest.param("{{ range(10 ** 9) }}{{ messages[-1].content }}<|eot|>", id="writes without end"),
         pytest.param("{% for %}<|eot|>", id="is no template"),
     ],
 )
