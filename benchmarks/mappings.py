@@ -2,7 +2,8 @@
 
 Every pair is built in a process of its own, on one core, without transformers and torch. `nearest` is
 PM-MinED alone; `build` is the whole table, with every target token tokenized by the control. The reference's
-algorithm (all pairs of tokens, edit distances of those of which one begins the other) runs on a sample.
+algorithm (all pairs of tokens, edit distances of those of which one begins the other) runs on a sample, from
+which its time is estimated. The peak is the whole memory of the process, with both tokenizers in it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def main(
 ) -> None:
     """Time mapping tables between real vocabularies."""
     console = Console(width=110)
-    table = Table("target", "control", "missing", "nearest s", "build s", "load ms", "peak MB", "x reference")
+    table = Table(
+        "target", "control", "missing", "nearest s", "build s", "load ms", "peak MB", "x reference, estimated"
+    )
     results = []
     with tempfile.TemporaryDirectory() as directory:
         prepare(Path(directory), {name for each in pair for name in each.split(":")})
@@ -136,7 +139,9 @@ def load(path: Path) -> Any:
     special = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
     spelled = read_tokens(backend, path.stem)
     tokens = tuple(b"" if i in special else token for i, token in enumerate(spelled))
-    vocabulary = Vocabulary(path.stem, tokens, special, {}, False, path.stem, byte_tokens(backend, tokens))
+    vocabulary = Vocabulary(
+        path.stem, tokens, special, {}, False, path.stem, byte_fallback=byte_tokens(backend, tokens)
+    )
     return ByteEncoder(SimpleNamespace(backend_tokenizer=backend), vocabulary)
 
 

@@ -61,6 +61,8 @@ def build_table(target: Vocabulary, control: ByteEncoder, strategy: str = DEFAUL
         control_name=own.name,
         target_fingerprint=target.fingerprint,
         control_fingerprint=own.fingerprint,
+        target_special=target.names,
+        control_special=own.names,
     )
 
 

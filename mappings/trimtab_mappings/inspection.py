@@ -27,6 +27,9 @@ class Token:
 
     id: int
     bytes: bytes
+    """b"" for a special token."""
+    name: str | None = None
+    """The name of a special token."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +154,11 @@ def look_up(table: MappingTable, token: str, *, near: int = 10) -> list[Lookup]:
 
     Args:
         table: the table.
-        token: `#` and an id; or the token's text; or its bytes as `<E4 B8>`.
+        token: `#` and an id; or the token's text, or its name where it is special; or its bytes as `<E4 B8>`.
         near: how many of the nearest control tokens to name.
 
     Returns:
-        One for each target token that has these bytes.
+        One for each target token that has these bytes or this name.
 
     Raises:
         KeyError: the target has no such token.
@@ -202,7 +205,7 @@ def _row(table: MappingTable, token_id: int, uses: NDArray[np.int64] | None = No
     target, control_id = table.target_tokens[token_id], int(table.mapping[token_id])
     control = _control(table, control_id) if control_id >= 0 else None
     return Row(
-        target=Token(token_id, target),
+        target=Token(token_id, target, table.target_special.get(token_id)),
         kind=Kind(int(table.kinds[token_id])),
         control=control,
         distance=distance(target, control.bytes if control else b""),
@@ -211,7 +214,7 @@ def _row(table: MappingTable, token_id: int, uses: NDArray[np.int64] | None = No
 
 
 def _control(table: MappingTable, control_id: int) -> Token:
-    return Token(control_id, table.control_tokens[control_id])
+    return Token(control_id, table.control_tokens[control_id], table.control_special.get(control_id))
 
 
 def _distances(table: MappingTable) -> NDArray[np.int64]:
@@ -231,21 +234,23 @@ def _find(table: MappingTable, token: str) -> Sequence[int]:
         if (token_id := int(token[1:])) < len(table.mapping):
             return [token_id]
         raise KeyError(f"no token {token}: {table.target_name} has {len(table.mapping)} tokens, from #0 on")
-    wanted = {token.encode("utf-8", "surrogateescape")}
+    wanted = {_bytes(token)}
     if match := _HEXADECIMAL.fullmatch(token):
         wanted.add(bytes.fromhex(match[1]))
-    found = [i for i, own in enumerate(table.target_tokens) if own in wanted and own]
+    found = [i for i, own in enumerate(table.target_tokens) if own and own in wanted]
+    found += [i for i, name in table.target_special.items() if name == token]
     if not found:
-        others = [
-            repr(other) for other in (f" {token}", token.strip()) if other.encode() in table.target_tokens
-        ]
+        others = [other for other in (f" {token}", token.strip()) if _bytes(other) in table.target_tokens]
+        suggestion = " or ".join(map(repr, filter(None, others)))
         hint = (
-            f"did you mean {' or '.join(others)}?"
-            if others
-            else "name a token by its text, as #ID or as <E4 B8>"
+            f"did you mean {suggestion}?" if suggestion else "name a token by its text, as #ID or as <E4 B8>"
         )
         raise KeyError(f"no token {token!r} among the {len(table.mapping)} of {table.target_name}; {hint}")
     return found
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _neighbours(table: MappingTable, target: bytes) -> list[Neighbour]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from trimtab_mappings.vocabulary import Vocabulary, VocabularyError, backend_of,
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TOKENIZER_FILE = re.compile(r"token|vocab|tekken|merges|spiece|spm|\.model", re.IGNORECASE)
 _MISTRAL_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
@@ -25,6 +27,8 @@ def load_tokenizer(path_or_id: str, revision: str | None = None) -> PreTrainedTo
     Raises:
         VocabularyError: there is no tokenizer, or only a slow one.
     """
+    if fault := _fault(path_or_id):
+        raise VocabularyError(f"no tokenizer can be loaded from {path_or_id!r}: {fault}")
     try:
         tokenizer = _load_any(path_or_id, revision)
     except Exception as error:  # transformers lets through whatever a malformed file raises
@@ -68,6 +72,18 @@ def _read(path_or_id: str, revision: str | None) -> tuple[PreTrainedTokenizerBas
     return tokenizer, read_vocabulary(tokenizer, path_or_id, generation_eos(path_or_id, revision))
 
 
+def _fault(path_or_id: str) -> str | None:
+    """What is plainly wrong with a path, before transformers takes it for something else."""
+    path = Path(path_or_id)
+    if path.is_file():
+        return "it is a file; name the directory of the model"
+    if path.is_dir() and not any(_TOKENIZER_FILE.search(file.name) for file in path.iterdir()):
+        return "there are no files of a tokenizer in it"
+    if not path.exists() and (path.is_absolute() or path_or_id.startswith((".", "~"))):
+        return "there is no such directory"
+    return None
+
+
 def _load_any(path_or_id: str, revision: str | None) -> PreTrainedTokenizerBase:
     native = max(Path(path_or_id).glob("tokenizer.model.v*"), default=None)
     try:
@@ -85,7 +101,11 @@ def _load(path_or_id: str, revision: str | None = None) -> PreTrainedTokenizerBa
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")
     # beside a tekken.json transformers would choose Mistral's own tokenizer, which is no fast one
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        path_or_id, revision=revision, trust_remote_code=False, mistral_format=False
+        path_or_id,
+        revision=revision,
+        trust_remote_code=False,
+        mistral_format=False,
+        fix_mistral_regex=False,  # as vLLM reads it; without a warning that asks for a flag
     )
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
         # all that transformers knows of some kinds of model without files

@@ -69,7 +69,8 @@ def find_meetings(target: ByteEncoder, control: ByteEncoder, texts: Iterable[str
             _, at_target, at_control = np.intersect1d(
                 _starts(target, target_ids), _starts(control, control_ids), return_indices=True
             )
-            found.append(np.stack([np.array(target_ids)[at_target], np.array(control_ids)[at_control]]))
+            pairs = (np.array(target_ids, np.int64)[at_target], np.array(control_ids, np.int64)[at_control])
+            found.append(np.stack(pairs))
     target_at, control_at = np.concatenate(found, axis=1)
     return Meetings(target_at, control_at, *map(int, counts))
 

@@ -39,6 +39,7 @@ _RAGGED = {
     "control_offsets": "control_bytes",
 }
 _TEXTS = ("strategy", "target_name", "control_name", "target_fingerprint", "control_fingerprint")
+_NAMES = ("target_special", "control_special")
 
 
 class TableError(ValueError):
@@ -99,6 +100,10 @@ class MappingTable:
     control_name: str
     target_fingerprint: str
     control_fingerprint: str
+    target_special: Mapping[int, str]
+    """The names of the target's special tokens by their ids."""
+    control_special: Mapping[int, str]
+    """The names of the control's special tokens by their ids."""
     source: Path | None = None
     """The file it was loaded from."""
 
@@ -146,6 +151,7 @@ class MappingTable:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {key: getattr(self, key) for key in _TENSORS}
         texts = {key: getattr(self, key) for key in _TEXTS}
+        texts |= {key: json.dumps(getattr(self, key)) for key in _NAMES}
         checksum = _checksum(tensors, texts)
         metadata = {"format": FORMAT, "version": str(VERSION), **texts, "sha256": checksum}
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -164,6 +170,8 @@ class MappingTable:
         """
         from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - only where it is used
 
+        if not path.is_file():
+            raise _refusal(path, "is a directory" if path.is_dir() else "there is no such file")
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
@@ -173,10 +181,13 @@ class MappingTable:
             raise _refusal(
                 path, f"can't be read as a safetensors file with a table's arrays: {error}"
             ) from error
-        texts = {key: metadata[key] for key in _TEXTS}
+        texts = {key: metadata[key] for key in (*_TEXTS, *_NAMES)}
         if fault := _fault(tensors) or _difference(_checksum(tensors, texts), metadata["sha256"]):
             raise _refusal(path, fault, texts)
-        return cls(**tensors, **texts, source=path)
+        fields: dict[str, Any] = {**tensors, **texts}
+        for key in _NAMES:
+            fields[key] = {int(token_id): name for token_id, name in json.loads(texts[key]).items()}
+        return cls(**fields, source=path)
 
     def check(self, target: Vocabulary, control: Vocabulary | None = None) -> None:
         """Make sure that this table is for these vocabularies; without `control`, for this target.
@@ -228,12 +239,12 @@ def _check_metadata(path: Path, metadata: dict[str, str]) -> None:
         advice = " (upgrade trimtab to read it)" if newer else ""
         fault = f"has format version {version!r}, expected {str(VERSION)!r}{advice}"
         raise _refusal(path, fault, {key: metadata[key] for key in _TEXTS if key in metadata})
-    if missing := [key for key in (*_TEXTS, "sha256") if key not in metadata]:
+    if missing := [key for key in (*_TEXTS, *_NAMES, "sha256") if key not in metadata]:
         raise _refusal(path, f"is corrupted: its metadata lacks {', '.join(missing)}")
 
 
 def _checksum(tensors: Mapping[str, NDArray[Any]], texts: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps([texts[key] for key in _TEXTS]).encode())
+    digest = hashlib.sha256(json.dumps([texts[key] for key in (*_TEXTS, *_NAMES)]).encode())
     for key in _TENSORS:
         digest.update(tensors[key].tobytes())
     return digest.hexdigest()

@@ -24,7 +24,9 @@ def read_texts(paths: Iterable[Path]) -> list[str]:
     for path in paths:
         try:
             content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise TextError(f"{path} can't be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
             raise TextError(f"{path}: expected a text in UTF-8: {error}") from error
         texts += _json_lines(path, content) if path.suffix == ".jsonl" else [content]
     return texts
@@ -35,8 +37,10 @@ def _json_lines(path: Path, content: str) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
-        except (ValueError, TypeError, KeyError) as error:
-            fault = "expected a JSON object with the key 'text'"
-            raise TextError(f"{path}, line {number}: {fault}: {error!r}") from error
-        yield str(text).encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
+            record = json.loads(line)
+        except ValueError as error:
+            raise TextError(f"{path}, line {number}: expected JSON: {error}") from error
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise TextError(f"{path}, line {number}: expected an object with a string 'text': {line:.60}")
+        yield text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair

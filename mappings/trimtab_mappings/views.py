@@ -10,7 +10,7 @@ from trimtab_mappings.table import Coverage
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from trimtab_mappings.inspection import Difference, Lookup, Row, Summary
+    from trimtab_mappings.inspection import Difference, Lookup, Row, Summary, Token
     from trimtab_mappings.scoring import Meetings, Score
     from trimtab_mappings.table import MappingTable
 
@@ -47,12 +47,12 @@ def summary_report(summary: Summary) -> Report:
     sections = [
         coverage_section(summary.coverage, summary.uses),
         _distance_section(summary.distances, summary.distance_uses),
-        Section(
-            f"The worst rows, by {by}",
-            ("token", "id", "kind", "control", "id", "distance", *(["uses"] if summary.uses else [])),
-            [_row_cells(row) for row in summary.worst],
-        ),
     ]
+    if summary.worst:
+        columns = (*_ROW_COLUMNS, *(["uses"] if summary.uses else []))
+        rows = [_row_cells(row) for row in summary.worst]
+        note = "of a token without a counterpart, its own length is its distance"
+        sections.append(Section(f"The worst rows, by {by}", columns, rows, note))
     return Report("Mapping table", facts, sections)
 
 
@@ -78,7 +78,7 @@ def lookup_report(table: MappingTable, lookups: Sequence[Lookup]) -> Report:
     sections = []
     for lookup in lookups:
         row = lookup.row
-        spelled = ", ".join(f"{show(token.bytes)} #{token.id}" for token in lookup.segment)
+        spelled = ", ".join(f"{show(_token_cell(token))} #{token.id}" for token in lookup.segment)
         note = f"the control spells it {spelled}" if spelled else "the control has no spelling of it"
         near = [(n.token.bytes, n.token.id, n.kind.name.lower(), n.distance) for n in lookup.near]
         sections.append(Section(f"Token #{row.target.id}", _ROW_COLUMNS, [_row_cells(row)], note))
@@ -102,7 +102,7 @@ def difference_report(before: MappingTable, after: MappingTable, difference: Dif
         return Report("The two tables map alike", facts)
     rows = [
         (
-            change.before.target.bytes,
+            _token_cell(change.before.target),
             change.before.target.id,
             *(
                 cell
@@ -166,11 +166,23 @@ def _row_cells(row: Row) -> tuple[Cell, ...]:
     uses = () if row.uses is None else (row.uses,)
     kind = row.kind.name.lower()
     control_id = f"#{control.id}" if control else None
-    return (row.target.bytes, f"#{row.target.id}", kind, _control_cell(row), control_id, row.distance, *uses)
+    return (
+        _token_cell(row.target),
+        f"#{row.target.id}",
+        kind,
+        _control_cell(row),
+        control_id,
+        row.distance,
+        *uses,
+    )
 
 
-def _control_cell(row: Row) -> bytes | None:
-    return row.control.bytes if row.control else None
+def _control_cell(row: Row) -> str | bytes | None:
+    return _token_cell(row.control) if row.control else None
+
+
+def _token_cell(token: Token) -> str | bytes:
+    return token.bytes if token.name is None else token.name
 
 
 def _distance_section(distances: Mapping[int, int], uses: Mapping[int, int] | None) -> Section:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ class Vocabulary:
     """Whether encoding `a` yields the bytes ` a`, as SentencePiece does."""
     fingerprint: str
     """sha256, in hex, of what a table depends on: token bytes, special ids, roles, fallback ids."""
+    names: Mapping[int, str] = field(default_factory=dict)
+    """How special tokens are written, by their ids; for people."""
     byte_fallback: frozenset[int] = frozenset()
     """Tokens `<0x00>` to `<0xFF>` of a vocabulary that has them beside its tokens of text."""
 
@@ -96,6 +98,7 @@ def read_vocabulary(
         dummy_prefix=_has_dummy_prefix(backend, tokens),
         fingerprint=_fingerprint(tokens, special, roles, fallback),
         byte_fallback=fallback,
+        names={i: str(backend.id_to_token(i)) for i in sorted(special)},
     )
 
 

@@ -122,6 +122,18 @@ def test_a_token_is_named_by_its_text_its_id_or_its_bytes(table, target):
     assert row(table, "<E4>").target == row(table, f"#{token_id}").target == Token(token_id, b"\xe4")
 
 
+def test_a_special_token_is_named_as_it_is_written(table, control):
+    found = row(table, "</s>")
+    assert (found.kind, found.target.name) == (Kind.ROLE, "</s>")
+    assert found.control == Token(control.vocabulary.roles["eos"][0], b"", "</s>")
+
+
+def test_bytes_that_are_no_text_are_refused_without_a_suggestion(table):
+    with pytest.raises(KeyError) as refused:
+        look_up(table, "\udcff")
+    assert refused.value.args[0].startswith("no token '\\udcff' among the 15 of the target; name a token by")
+
+
 def test_all_tokens_of_the_same_bytes_are_found(gpt2_like, llama_like):
     table = build_table(llama_like.vocabulary, gpt2_like.encoder)
     twins = [i for i, token in enumerate(llama_like.vocabulary.tokens) if token == b"t"]

@@ -177,3 +177,16 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path):
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')\n", encoding="utf-8")
     with pytest.raises(VocabularyError, match="trust_remote_code"):
         load_tokenizer(str(tmp_path))
+
+
+def test_what_is_plainly_no_model_is_said_so(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    faults = {
+        tmp_path / "file": "it is a file; name the directory of the model",
+        tmp_path / "nowhere": "there is no such directory",
+        tmp_path: "there are no files of a tokenizer in it",
+    }
+    for path, fault in faults.items():
+        with pytest.raises(VocabularyError, match=f"{UNREADABLE} '{path}': {fault}"):
+            load_tokenizer(str(path))

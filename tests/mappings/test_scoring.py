@@ -89,6 +89,7 @@ def test_what_one_side_can_not_spell_is_left_out_line_by_line_and_word_by_word(t
     assert meetings.target_tokens == 3
 
 
-def test_without_a_text_there_is_no_score(target, control):
-    found = scored(target, control, [], "pm-mined")
+@pytest.mark.parametrize("texts", [[], [""], ["\n"]])
+def test_without_a_text_there_is_no_score(target, control, texts):
+    found = scored(target, control, texts, "pm-mined")
     assert (found.places, found.hits, found.accuracy) == (0, 0, 0.0)

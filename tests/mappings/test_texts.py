@@ -25,17 +25,24 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
     assert read_texts([path]) == ["a?"]
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '"text"', '{"idx": 1}', "3"])
-def test_a_line_without_a_text_is_named(tmp_path, line):
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("{", "expected JSON"),
+        *((line, "expected an object with a string 'text'") for line in ("[1]", '"text"', '{"idx": 1}', "3")),
+        ('{"text": 3}', "expected an object with a string 'text'"),
+    ],
+)
+def test_a_line_without_a_text_is_named(tmp_path, line, expected):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "fine"}}\n{line}\n', encoding="utf-8")
-    with pytest.raises(TextError, match=rf"{path}, line 2: expected a JSON object with the key 'text'"):
+    with pytest.raises(TextError, match=rf"{path}, line 2: {expected}"):
         read_texts([path])
 
 
 def test_a_file_that_is_missing_or_no_text_is_named(tmp_path):
     path = tmp_path / "a.txt"
-    with pytest.raises(TextError, match=f"{path}: expected a text in UTF-8"):
+    with pytest.raises(TextError, match=f"{path} can't be read: No such file"):
         read_texts([path])
     path.write_bytes(b"\xff")
     with pytest.raises(TextError, match=f"{path}: expected a text in UTF-8"):
