@@ -74,7 +74,7 @@ def check(config: ConfigArgument) -> None:
 
 @app.command("map", context_settings=_MOUNTED, add_help_option=False)
 def map_(context: typer.Context) -> None:
-    """Build mapping tables between vocabularies."""
+    """Mapping tables between vocabularies: build, show, look up, compare, check, score."""
     from trimtab_mappings.cli import app as mapped
 
     mapped(context.args, prog_name="trimtab map")
