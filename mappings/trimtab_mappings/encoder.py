@@ -122,6 +122,18 @@ class ByteEncoder:
         return self._unknown if token_id is None else [token_id]
 
     @cached_property
+    def cuts_words(self) -> bool:
+        """Whether the tokenizer cuts a text into words by rules of its own before it looks for tokens."""
+        cutter = self._backend.pre_tokenizer
+        step: _Step = json.loads(cutter.__getstate__()) if cutter else {"type": "Metaspace", "split": False}
+        return step["type"] != "Metaspace" or bool(step["split"])
+
+    @cached_property
+    def scores_words(self) -> bool:
+        """Whether it chooses the tokens of a whole word by their scores, as Unigram does."""
+        return type(self._backend.model).__name__ == "Unigram"
+
+    @cached_property
     def pairs(self) -> frozenset[bytes]:
         """Every two bytes that stand next to each other in some token."""
         tokens = self.vocabulary.ids

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _STRIDE = 256
 _MARGIN = 64
+_SPACE = 0x20
 _ATTEMPTS = 4  # places that are tried before the text is let grow by another stride
 
 
@@ -20,10 +21,11 @@ class GrowingEncoding:
     """What `ByteEncoder.encode` gives for a growing text, by encoding only what stands behind a joint.
 
     A joint is a place across which no token can reach, since no token of the vocabulary has the two bytes
-    beside it next to each other. Where the tokenizer first cuts a text into words by rules of its own, those
-    could still look across; so a joint is taken only if both sides, encoded apart, give the tokens that they
-    gave together, with `margin` bytes of text behind it. A text that the tokenizer itself can't spell has no
-    joints: it is encoded whole at every step.
+    beside it next to each other: there BPE's merges fall into two. A tokenizer that first cuts a text into
+    words, by rules that may count from where a word begins, has joints only before the space between two
+    words. Unigram sums scores over a word, in which ties are decided by rounding: without words, it has none.
+    Nor has a text that the tokenizer itself can't spell: it is encoded whole at every step. A joint is taken
+    only if both sides, encoded apart, give the tokens that they gave together, with `margin` bytes behind it.
     """
 
     def __init__(self, encoder: ByteEncoder, *, stride: int = _STRIDE, margin: int = _MARGIN) -> None:
@@ -73,7 +75,13 @@ class GrowingEncoding:
 
     def _candidates(self, rest: bytes) -> Iterator[int]:
         """The places where a joint could be, the last one first."""
+        words, pairs = self._encoder.cuts_words, self._encoder.pairs
+        if self._encoder.scores_words and not words:
+            return
         for place in range(len(rest) - self._margin, 0, -1):
+            between_words = rest[place] == _SPACE and not rest[place - 1 : place].isspace()
             within_character = rest[place] & 0xC0 == 0x80
-            if not within_character and rest[place - 1 : place + 1] not in self._encoder.pairs:
+            if (between_words or not (words or within_character)) and rest[
+                place - 1 : place + 1
+            ] not in pairs:
                 yield place

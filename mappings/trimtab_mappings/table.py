@@ -271,7 +271,7 @@ def _fault(tensors: dict[str, NDArray[Any]]) -> str | None:
             not len(offsets)
             or offsets[0]
             or offsets[-1] != len(tensors[values])
-            or (np.diff(offsets) < 0).any()
+            or (offsets[1:] < offsets[:-1]).any()
         ):
             return f"{key} do not partition {values}"
     control_size = len(tensors["control_offsets"]) - 1

@@ -28,12 +28,15 @@ class Worker:
         Raises:
             ValueError: there are no such cores, or this process may not use them.
         """
+        # torch keeps one number for all threads, which each takes over at its first use of it: the caller now
+        threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="trimtab") if cpus else None
         self._pending: Future[None] | None = None
         if self._pool:
             try:
-                self._pool.submit(_settle_on, cpus).result()
-            except OSError as error:
+                self._pool.submit(_settle_on, {*cpus}).result()
+                torch.set_num_threads(threads)
+            except (OSError, OverflowError) as error:
                 raise ValueError(f"control_cpus {sorted(cpus)}: can't run there: {error}") from error
 
     def start(self, work: Callable[[], None]) -> None:

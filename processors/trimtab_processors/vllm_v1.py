@@ -55,6 +55,10 @@ class ControlProcessor(LogitsProcessor):
                 " give it: start vLLM with --no-async-scheduling"
             )
         settings = read_settings(vllm_config.additional_config)
+        if settings.control_cpus and device.type != "cpu":
+            raise ValueError(
+                f"control_cpus {list(settings.control_cpus)}: only on CPUs; this engine runs on {device}"
+            )
         model = vllm_config.model_config
         self._runtime = Runtime(
             Target(
