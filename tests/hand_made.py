@@ -24,10 +24,10 @@ def target() -> ByteEncoder:
     """Has `Sure` and `tea` whole; `q` and `中`'s first bytes are nothing that the control knows."""
     letters = [*"Surteaq", "ä", "å"]
     merges = [("S", "u"), ("r", "e"), ("Su", "re"), ("t", "e"), ("te", "a")]
-    return encoder([*letters, "Su", "re", "Sure", "te", "tea", "</s>"], merges, "the target")
+    return encoder([*letters, "Su", "re", "Sure", "te", "tea", "</s>"], merges, "the-target")
 
 
 def control() -> ByteEncoder:
     """Spells `Sure` as `S`, `ure` and `tea` as `te`, `a`; knows `team` too, and no `re`."""
     merges = [("u", "r"), ("ur", "e"), ("t", "e")]
-    return encoder(["</s>", *"Suretam", "ur", "ure", "te", "Sur", "teams"], merges, "the control")
+    return encoder(["</s>", *"Suretam", "ur", "ure", "te", "Sur", "teams"], merges, "the-control")

@@ -81,7 +81,10 @@ def cached_table(
         else:
             return table
     table = build_table(target, control, strategy)
-    table.save(path)
+    try:
+        table.save(path)
+    except OSError as error:
+        _log.warning("the mapping table can't be kept, it will be built at every start: %s", error)
     return table
 
 

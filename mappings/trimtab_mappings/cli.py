@@ -100,7 +100,7 @@ def lookup(
 
 @app.command()
 def diff(before: Table, after: Table, as_json: Json = False, html: Html = None) -> None:
-    """Show the rows in which two tables of one target differ; the exit status is 1 where there are any."""
+    """Show in which rows and segments two tables of one target differ; the exit status is 1 where any do."""
     with _refusals():
         old, new = MappingTable.load(before), MappingTable.load(after)
         difference = compare(old, new)

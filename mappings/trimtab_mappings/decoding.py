@@ -42,7 +42,9 @@ def read_tokens(backend: Tokenizer, name: str) -> list[bytes]:
     """
     read = _reader(_steps(backend), name)
     model = {i: read(spelling) for spelling, i in backend.get_vocab(with_added_tokens=False).items()}
-    added = {i: token.content.encode() for i, token in backend.get_added_tokens_decoder().items()}
+    words = type(backend.decoder).__name__ == "WordPiece"  # which are joined by spaces, added ones too
+    contents = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
+    added = {i: read(content) if words else content.encode() for i, content in contents.items()}
     found = added | model
     tokens = [found.get(token_id, b"") for token_id in range(1 + max(found, default=-1))]
     _compare_with_decoder(backend, tokens, sorted(model.keys() - added.keys()), name)

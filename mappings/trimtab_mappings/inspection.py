@@ -268,10 +268,10 @@ def _kind(target: bytes, control: bytes) -> Kind:
     return Kind.PREFIX if len(control) < len(target) else Kind.EXTENSION
 
 
-def _identity(row: Row, same_control: bool) -> int | bytes | None:
+def _identity(row: Row, same_control: bool) -> int | bytes | str | None:
     if row.control is None:
         return None
-    return row.control.id if same_control else row.control.bytes
+    return row.control.id if same_control else row.control.bytes or str(row.control.name)
 
 
 def _spelling(table: MappingTable, token_id: int) -> list[bytes]:

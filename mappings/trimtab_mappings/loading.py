@@ -64,7 +64,8 @@ def generation_eos(path_or_id: str, revision: str | None = None) -> tuple[int, .
         eos = GenerationConfig.from_pretrained(path_or_id, revision=revision).eos_token_id
     except (OSError, TypeError):
         return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos or ())
+    listed = eos if isinstance(eos, list) else [eos]
+    return tuple(token_id for token_id in listed if type(token_id) is int)  # no bool
 
 
 def _read(path_or_id: str, revision: str | None) -> tuple[PreTrainedTokenizerBase, Vocabulary]:

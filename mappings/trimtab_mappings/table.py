@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import uuid
 from dataclasses import dataclass
 from enum import IntEnum
@@ -151,7 +152,7 @@ class MappingTable:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {key: getattr(self, key) for key in _TENSORS}
         texts = {key: getattr(self, key) for key in _TEXTS}
-        texts |= {key: json.dumps(getattr(self, key)) for key in _NAMES}
+        texts |= {key: _encoded_names(getattr(self, key)) for key in _NAMES}
         checksum = _checksum(tensors, texts)
         metadata = {"format": FORMAT, "version": str(VERSION), **texts, "sha256": checksum}
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -177,16 +178,20 @@ class MappingTable:
                 metadata = file.metadata() or {}
                 _check_metadata(path, metadata)
                 tensors = {key: file.get_tensor(key) for key in _TENSORS}
-        except (OSError, SafetensorError) as error:
-            raise _refusal(
+        except (OSError, SafetensorError, AttributeError, TypeError, ValueError) as error:
+            if isinstance(error, TableError):
+                raise
+            raise _refusal(  # numpy knows not every type that a header can name
                 path, f"can't be read as a safetensors file with a table's arrays: {error}"
             ) from error
         texts = {key: metadata[key] for key in (*_TEXTS, *_NAMES)}
         if fault := _fault(tensors) or _difference(_checksum(tensors, texts), metadata["sha256"]):
             raise _refusal(path, fault, texts)
         fields: dict[str, Any] = {**tensors, **texts}
-        for key in _NAMES:
-            fields[key] = {int(token_id): name for token_id, name in json.loads(texts[key]).items()}
+        for key, rows in zip(_NAMES, ("target_offsets", "control_offsets"), strict=True):
+            fields[key] = _special_names(texts[key], len(tensors[rows]) - 1)
+            if fields[key] is None:
+                raise _refusal(path, f"{key} is no JSON object of token ids and names", texts)
         return cls(**fields, source=path)
 
     def check(self, target: Vocabulary, control: Vocabulary | None = None) -> None:
@@ -221,11 +226,10 @@ def _split(values: NDArray[np.uint8], offsets: NDArray[np.int32]) -> list[bytes]
 def _refusal(path: Path | None, fault: str, texts: Mapping[str, str] | None = None) -> TableError:
     texts = texts or {}
     table = f"mapping table {path}" if path else "mapping table"
-    strategy = f" --strategy {texts['strategy']}" if "strategy" in texts else ""
-    command = (
-        f"trimtab map build --target {texts.get('target_name', 'TARGET')}"
-        f" --control {texts.get('control_name', 'CONTROL')}{strategy} --output {path or 'FILE'}"
-    )
+    strategy = f" --strategy {shlex.quote(texts['strategy'])}" if "strategy" in texts else ""
+    sides = [shlex.quote(texts.get(f"{side}_name", side.upper())) for side in ("target", "control")]
+    output = shlex.quote(str(path or "FILE"))
+    command = f"trimtab map build --target {sides[0]} --control {sides[1]}{strategy} --output {output}"
     return TableError(f"{table}: {fault}; make it anew: {command}")
 
 
@@ -248,6 +252,20 @@ def _checksum(tensors: Mapping[str, NDArray[Any]], texts: Mapping[str, str]) -> 
     for key in _TENSORS:
         digest.update(tensors[key].tobytes())
     return digest.hexdigest()
+
+
+def _encoded_names(names: Mapping[int, str]) -> str:
+    return json.dumps({**names})
+
+
+def _special_names(text: str, rows: int) -> dict[int, str] | None:
+    """The names of special tokens by their ids; none where they are anything else."""
+    try:
+        names = {int(token_id): name for token_id, name in json.loads(text).items()}
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    fits = all(0 <= token_id < rows and isinstance(name, str) for token_id, name in names.items())
+    return names if fits else None
 
 
 def _difference(found: str, expected: str) -> str | None:

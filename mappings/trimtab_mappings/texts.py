@@ -23,7 +23,7 @@ def read_texts(paths: Iterable[Path]) -> list[str]:
     texts: list[str] = []
     for path in paths:
         try:
-            content = path.read_text(encoding="utf-8")
+            content = path.read_bytes().decode()  # as it is: reading as text would change its line ends
         except OSError as error:
             raise TextError(f"{path} can't be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
@@ -38,7 +38,7 @@ def _json_lines(path: Path, content: str) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TextError(f"{path}, line {number}: expected JSON: {error}") from error
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):

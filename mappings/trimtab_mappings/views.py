@@ -99,7 +99,8 @@ def difference_report(before: MappingTable, after: MappingTable, difference: Dif
         "segments that differ": difference.segments,
     }
     if not changes:
-        return Report("The two tables map alike", facts)
+        title = "The two tables map alike, but spell some tokens differently"
+        return Report(title if difference.segments else "The two tables are alike", facts)
     rows = [
         (
             _token_cell(change.before.target),

@@ -202,10 +202,15 @@ def test_a_cached_table_that_is_refused_is_built_anew_and_the_log_says_why(
     MappingTable.load(path).check(gpt2_like.vocabulary, llama_like.vocabulary)
 
 
-def test_a_cached_table_for_other_vocabularies_is_built_anew(gpt2_like, llama_like, tmp_path):
+@pytest.mark.parametrize("other", ["target", "control"])
+def test_a_cached_table_for_another_vocabulary_is_built_anew(
+    gpt2_like, llama_like, bert_like, tmp_path, other
+):
+    sides = {"target": gpt2_like, "control": llama_like}
     cached_table(gpt2_like.vocabulary, llama_like.encoder, tmp_path)
     (path,) = tmp_path.iterdir()
-    build_table(llama_like.vocabulary, gpt2_like.encoder).save(path)
+    sides[other] = bert_like
+    build_table(sides["target"].vocabulary, sides["control"].encoder).save(path)
     table = cached_table(gpt2_like.vocabulary, llama_like.encoder, tmp_path)
     table.check(gpt2_like.vocabulary, llama_like.vocabulary)
     MappingTable.load(path).check(gpt2_like.vocabulary, llama_like.vocabulary)
@@ -230,3 +235,11 @@ def test_processes_that_build_one_table_at_once_never_leave_half_of_it(tmp_path)
     assert [builder.returncode for builder in builders] == [0, 0]
     assert len(written) > 1  # it was read while it was being replaced
     assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_a_table_that_can_not_be_kept_is_used_all_the_same(gpt2_like, llama_like, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING):
+        table = cached_table(gpt2_like.vocabulary, llama_like.encoder, tmp_path / "file")
+    table.check(gpt2_like.vocabulary, llama_like.vocabulary)
+    assert "the mapping table can't be kept" in caplog.text

@@ -137,7 +137,7 @@ def test_lookup_of_a_token_that_there_is_not_is_refused(path):
 
 def test_diff_tells_alike_from_different_as_diff_does(path, both, tmp_path):
     assert found("diff", path, path)["changes"] == []
-    assert "The two tables map alike" in run("diff", path, path).stdout
+    assert "The two tables are alike" in run("diff", path, path).stdout
     other = tmp_path / "exact.safetensors"
     run("build", *both, "--strategy", "exact", "--output", other)
     difference = found("diff", path, other, status=1)

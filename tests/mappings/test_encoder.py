@@ -144,6 +144,23 @@ def test_the_text_around_what_can_not_be_spelled_keeps_its_tokens(incomplete):
     assert encode("cat ☃ the".encode())[0] == encode(b"cat")[0] + snowman + encode(b" the")[0]
 
 
+def test_words_beside_what_can_not_be_spelled_are_merged_as_ever(merging):
+    ids, _ = merging.encoder.encode("☃ abc ☃".encode())
+    assert [merging.vocabulary.tokens[i] for i in ids] == [b" ", b"a", b"bc", b" "]
+
+
+@given(data=BYTES)
+def test_text_is_spelled_by_a_vocabulary_with_bytes_but_what_is_no_text_is_not(gpt2_like, data):
+    _, waiting = gpt2_like.encoder.encode(data)
+    whole = data.removesuffix(waiting)
+    assert gpt2_like.encoder.spells(data) == (whole.decode(errors="ignore").encode() == whole)
+
+
+@pytest.mark.parametrize(("text", "spelled"), [("cat", True), ("", True), ("cat ☃", False), ("☃", False)])
+def test_text_with_an_unknown_character_is_not_spelled(incomplete, text, spelled):
+    assert incomplete.encoder.spells(text.encode()) == spelled
+
+
 def test_steps_that_change_the_text_are_left_out(llama_like):
     def lower_case(backend):
         backend.normalizer = normalizers.Sequence(

@@ -49,7 +49,11 @@ def test_the_generation_config_says_what_else_ends_a_generation(gpt2_like, tmp_p
 
 
 @pytest.mark.parametrize(
-    "content", [None, "{}", '{"eos_token_id": 2}', '{"eos_token_id": []}', "[]", "no json"]
+    "content",
+    [
+        *(None, "{}", "[]", "no json", '{"eos_token_id": 2}', '{"eos_token_id": []}'),
+        *('{"eos_token_id": 1.5}', '{"eos_token_id": true}', '{"eos_token_id": [[2], null]}'),
+    ],
 )
 def test_a_generation_config_may_say_little_or_nothing(gpt2_like, tmp_path, content):
     gpt2_like.tokenizer.save_pretrained(tmp_path)

@@ -74,19 +74,21 @@ def mistral_to_llama(mistral, llama):
     return target, build_table(target, llama)
 
 
-@given(text=st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"])))
+@given(text=st.text())
+@example(text="▁ ▁")
 @example(text="Größe ≠ 大小:\n\n\tdef f(x): return x  # 🙂 </s> [INST]\n<0xE4>")
 @example(text=" \0 ")
 def test_what_mistral_encodes_joins_to_the_text(by_mistral, text):
     own, encoder, prefix = by_mistral
     ids = own.encode(text, bos=False, eos=False)
-    assert encoder.join(ids) == (prefix + text.encode() if text else b"")
+    written = text.replace("▁", " ") if prefix else text  # SentencePiece takes its own sign for a space
+    assert encoder.join(ids) == (prefix + written.encode() if text else b"")
 
 
 def test_the_special_tokens_are_mistral_s(by_mistral):
     own, encoder, _ = by_mistral
-    roles = encoder.vocabulary.roles
-    assert (roles["bos"], roles["eos"]) == ((own.bos_id,), (own.eos_id,))
+    theirs = {"bos": own.bos_id, "eos": own.eos_id, "unk": own.unk_id, "pad": own.pad_id}
+    assert encoder.vocabulary.roles == {role: (i,) for role, i in theirs.items() if i >= 0}
     assert len(encoder.vocabulary) == own.n_words
 
 

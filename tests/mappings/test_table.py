@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def test_a_table_comes_back_from_its_file_as_it_was(table, saved):
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(loaded, name), getattr(table, name), strict=True)
     assert not differences(loaded, table)
-    assert (loaded.target_name, loaded.control_name) == ("the target", "the control")
+    assert (loaded.target_name, loaded.control_name) == ("the-target", "the-control")
     assert (loaded.source, table.source) == (saved, None)
 
 
@@ -198,7 +199,7 @@ def test_a_file_of_another_version_is_refused(saved, version, advice):
     save_file(load_file(saved), saved, metadata_of(saved) | {"version": version})
     fault, command = refusal(saved)
     assert fault == f"has format version '{version}', expected '2'{advice}"
-    assert command == BUILD.format("the target", "the control", " --strategy pm-mined", saved)
+    assert command == BUILD.format("the-target", "the-control", " --strategy pm-mined", saved)
 
 
 def test_a_file_of_the_first_version_is_refused(table, saved):
@@ -207,7 +208,7 @@ def test_a_file_of_the_first_version_is_refused(table, saved):
     save_file(arrays, saved, {"format": "trimtab-mapping", "version": "1", **texts})
     fault, command = refusal(saved)
     assert fault == "has format version '1', expected '2'"
-    assert command == BUILD.format("the target", "the control", "", saved)
+    assert command == BUILD.format("the-target", "the-control", "", saved)
 
 
 @pytest.mark.parametrize("key", [*TEXTS, "sha256"])
@@ -250,7 +251,7 @@ def test_arrays_that_do_not_fit_are_refused(table, tmp_path, name, array, fault)
     dataclasses.replace(table, **{name: array}).save(path)
     found, command = refusal(path)
     assert fault in found
-    assert command == BUILD.format("the target", "the control", " --strategy pm-mined", path)
+    assert command == BUILD.format("the-target", "the-control", " --strategy pm-mined", path)
 
 
 def test_segments_that_start_behind_the_first_id_are_refused(table, tmp_path):
@@ -260,6 +261,15 @@ def test_segments_that_start_behind_the_first_id_are_refused(table, tmp_path):
     path = tmp_path / "table.safetensors"
     dataclasses.replace(table, segment_offsets=offsets).save(path)
     assert refusal(path)[0] == "segment_offsets do not partition segment_ids"
+
+
+def test_offsets_that_fall_so_far_that_their_difference_wraps_around_are_refused(table, tmp_path):
+    offsets = table.target_offsets.copy()
+    offsets[1:-1] = -2
+    offsets[1] = np.iinfo(np.int32).max
+    path = tmp_path / "table.safetensors"
+    dataclasses.replace(table, target_offsets=offsets).save(path)
+    assert refusal(path)[0] == "target_offsets do not partition target_bytes"
 
 
 @pytest.mark.parametrize(
@@ -287,9 +297,9 @@ def test_a_table_for_another_tokenizer_is_refused_and_both_sides_are_named(saved
         for side, own, here in (("target", target, ours), ("control", control, theirs))
     ]
     for here, names, expected in (
-        ((ours, control), ("gpt2-like", "the control"), faults[0]),
-        ((ours,), ("gpt2-like", "the control"), faults[0]),
-        ((target, theirs), ("the target", "llama-like"), faults[1]),
+        ((ours, control), ("gpt2-like", "the-control"), faults[0]),
+        ((ours,), ("gpt2-like", "the-control"), faults[0]),
+        ((target, theirs), ("the-target", "llama-like"), faults[1]),
         ((ours, theirs), ("gpt2-like", "llama-like"), "; ".join(faults)),
     ):
         with pytest.raises(TableError) as error:
@@ -301,3 +311,24 @@ def test_a_table_for_another_tokenizer_is_refused_and_both_sides_are_named(saved
 def test_a_table_that_was_never_saved_is_refused_without_naming_a_file(table, gpt2_like):
     with pytest.raises(TableError, match=r"^mapping table: its target is .* --output FILE$"):
         table.check(gpt2_like.vocabulary)
+
+
+@pytest.mark.parametrize("names", ["[]", "{", '{"x": "<s>"}', '{"9999999": "<s>"}', '{"0": 1}', "3"])
+def test_names_of_special_tokens_that_are_none_are_refused(table, tmp_path, monkeypatch, names):
+    path = tmp_path / "table.safetensors"
+    with monkeypatch.context() as patch:  # such a file has a right checksum: that is no signature
+        patch.setattr("trimtab_mappings.table._encoded_names", lambda _: names)
+        table.save(path)
+    fault, _ = refusal(path)
+    assert "target_special is no JSON object of token ids and names" in fault
+
+
+def test_the_command_to_run_is_quoted(table, tmp_path):
+    path = tmp_path / "a table.safetensors"
+    dataclasses.replace(table, target_name="t; touch x").save(path)
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")  # a token's last byte: the checksum finds it
+    with pytest.raises(TableError) as error:
+        MappingTable.load(path)
+    words = shlex.split(str(error.value).partition("make it anew: ")[2])
+    assert words[words.index("--target") + 1] == "t; touch x"
+    assert words[-1] == str(path)

@@ -29,6 +29,7 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
     ("line", "expected"),
     [
         ("{", "expected JSON"),
+        ("[" * 200_000, "expected JSON"),
         *((line, "expected an object with a string 'text'") for line in ("[1]", '"text"', '{"idx": 1}', "3")),
         ('{"text": 3}', "expected an object with a string 'text'"),
     ],

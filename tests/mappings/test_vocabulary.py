@@ -120,6 +120,13 @@ def test_what_the_chat_template_writes_behind_an_answer_is_an_end_of_turn(gpt2_l
     assert vocabulary.tokens[end_of_turn] == b""
 
 
+def test_of_what_is_written_behind_an_answer_only_the_first_token_ends_a_turn(gpt2_like):
+    tokenizer, end_of_turn = for_chats(gpt2_like, "{{ messages[-1].content }}<|eot|><|user|>")
+    vocabulary = read_vocabulary(tokenizer)
+    assert vocabulary.roles["end_of_turn"] == (end_of_turn,)
+    assert vocabulary.tokens[end_of_turn + 1] == b"<|user|>"
+
+
 def test_both_sources_of_an_end_of_turn_are_taken(gpt2_like):
     tokenizer, end_of_turn = for_chats(gpt2_like, CHAT_TEMPLATE)
     vocabulary = read_vocabulary(tokenizer, eos_ids=[end_of_turn + 1])
@@ -131,6 +138,7 @@ def test_both_sources_of_an_end_of_turn_are_taken(gpt2_like):
     [
         pytest.param("{{ messages[-1].content }}", id="writes nothing behind an answer"),
         pytest.param("{{ messages[-1].content }}\nUser:", id="writes plain text behind it"),
+        pytest.param("{{ messages[-1].content }}\nUser:<|eot|>", id="writes plain text and then a token"),
         pytest.param("{{ messages[-1].content }}</s>", id="writes the end of sequence behind it"),
         pytest.param("<|eot|>{{ messages[0].content }}<|eot|>", id="does not write the answer"),
         pytest.param("{{ raise_exception('no') }}<|eot|>", id="refuses the messages"),
