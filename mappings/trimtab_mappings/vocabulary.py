@@ -34,7 +34,8 @@ class Vocabulary:
     dummy_prefix: bool
     """Whether encoding `a` yields the bytes ` a`, as SentencePiece does."""
     fingerprint: str
-    """sha256, in hex, of what a table depends on: token bytes, special ids, roles, fallback ids."""
+    """sha256, in hex, of what a table depends on: token bytes, special ids, roles, fallback ids, and
+    the rules (merges, scores, words) by which texts become tokens."""
     names: Mapping[int, str] = field(default_factory=dict)
     """How special tokens are written, by their ids; for people."""
     byte_fallback: frozenset[int] = frozenset()
@@ -96,7 +97,7 @@ def read_vocabulary(
         special=special,
         roles=roles,
         dummy_prefix=_has_dummy_prefix(backend, tokens),
-        fingerprint=_fingerprint(tokens, special, roles, fallback),
+        fingerprint=_fingerprint(backend, tokens, special, roles, fallback),
         byte_fallback=fallback,
         names={i: str(backend.id_to_token(i)) for i in sorted(special)},
     )
@@ -141,7 +142,19 @@ def _has_dummy_prefix(backend: Tokenizer, tokens: Sequence[bytes]) -> bool:
     return b"".join(tokens[i] for i in backend.encode("a", add_special_tokens=False).ids).startswith(b" ")
 
 
+def _encoding_rules(backend: Tokenizer) -> dict[str, Any]:
+    """What decides, beside the tokens themselves, which of them a text becomes: merges or scores, words."""
+    state: dict[str, Any] = json.loads(backend.to_str())
+    model = {key: value for key, value in state["model"].items() if key != "vocab" or _is_scored(value)}
+    return {"model": model, "normalizer": state["normalizer"], "pre_tokenizer": state["pre_tokenizer"]}
+
+
+def _is_scored(vocab: Any) -> bool:
+    return isinstance(vocab, list)  # Unigram's: pieces with their scores
+
+
 def _fingerprint(
+    backend: Tokenizer,
     tokens: Iterable[bytes],
     special: Iterable[int],
     roles: Mapping[str, tuple[int, ...]],
@@ -154,6 +167,7 @@ def _fingerprint(
         "special": sorted(special),
         "roles": {role: list(roles.get(role, ())) for role in ROLES},
         "byte_fallback": sorted(byte_fallback),
+        "encoding": _encoding_rules(backend),
     }
     digest.update(json.dumps(rest).encode())
     return digest.hexdigest()

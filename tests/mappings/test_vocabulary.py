@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import hand_made
 from trimtab_mappings import ROLES, read_vocabulary
 from trimtab_mappings.vocabulary import index_tokens
 
@@ -196,3 +197,13 @@ def test_the_fingerprint_tells_byte_tokens_from_text():
     vocabularies = [read_vocabulary(tokenizer) for tokenizer in (as_bytes, as_text)]
     assert [vocabulary.tokens for vocabulary in vocabularies] == [(b"a",), (b"a",)]
     assert len({vocabulary.fingerprint for vocabulary in vocabularies}) == 2
+
+
+def test_tokenizers_of_the_same_tokens_and_other_merges_have_other_fingerprints():
+    merges = [("a", "b"), ("b", "c")]
+    one, other = (
+        hand_made.encoder([*"abc", "ab", "bc"], order) for order in (merges, list(reversed(merges)))
+    )
+    assert one.vocabulary.tokens == other.vocabulary.tokens
+    assert one.encode(b"abc") != other.encode(b"abc")
+    assert one.vocabulary.fingerprint != other.vocabulary.fingerprint
