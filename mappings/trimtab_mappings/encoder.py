@@ -52,10 +52,13 @@ class ByteEncoder:
         text = decoder.decode(data)
         return self._encode_text(text), decoder.getstate()[0]
 
-    def spells(self, data: bytes) -> bool:
-        """Whether the tokenizer's own tokens for `data`, but for a character that waits, join to it."""
+    def encode_natively(self, data: bytes) -> list[int] | None:
+        """The tokenizer's own tokens for `data`, without a character that waits; None if they don't join."""
         text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(data)
-        return not _UNDECODABLE.search(text) and self.join(self._encode_natively(text)) == text.encode()
+        if _UNDECODABLE.search(text):
+            return None
+        ids = self._own_tokens(text)
+        return ids if self.join(ids) == text.encode() else None
 
     def encode_all(self, pieces: Sequence[bytes]) -> list[list[int]]:
         """Encode each of `pieces` by itself, in batches, and to its last byte: nothing waits."""
@@ -85,17 +88,17 @@ class ByteEncoder:
         return ids
 
     def _encode_run(self, text: str) -> list[int]:
-        ids = self._encode_natively(text)
+        ids = self._own_tokens(text)
         if self.join(ids) == text.encode():
             return ids
         return [token_id for word in _WORD.findall(text) for token_id in self._encode_word(word)]
 
     def _encode_word(self, word: str) -> list[int]:
-        ids = self._encode_natively(word)
+        ids = self._own_tokens(word)
         data = word.encode()
         return ids if self.join(ids) == data else self._spell(data)
 
-    def _encode_natively(self, text: str) -> list[int]:
+    def _own_tokens(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 

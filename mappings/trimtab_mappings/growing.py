@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -41,7 +40,7 @@ class GrowingEncoding:
         self._joint = 0
         self._settled = 0
         """How many tokens stand before the joint."""
-        self._search_at: float = stride
+        self._search_at = stride
 
     def encode(self, text: bytes | bytearray, *, final: bool = False) -> tuple[int, list[int]]:
         """Encode `text`, which begins as the last one did; a final one waits for no character's last byte.
@@ -50,21 +49,24 @@ class GrowingEncoding:
             How many tokens are as they were, and the tokens behind them.
         """
         rest = bytes(text[self._joint :])
-        if self._joint and not self._encoder.spells(rest):
-            self._joint, self._settled, self._search_at = 0, 0, math.inf
-            rest = bytes(text)
-        ids, settled = self._encode(rest, final=final), self._settled
-        if len(rest) >= self._search_at and not final:
+        ids = self._natively(rest)
+        if ids is None and self._joint:
+            self._joint, self._settled, rest = 0, 0, bytes(text)
+        settled = self._settled
+        if ids is None or final:
+            ids = self._encode(rest, final=final)
+        elif len(rest) >= self._search_at:
             self._move_joint(rest, ids)
         return settled, ids
+
+    def _natively(self, data: bytes) -> list[int] | None:
+        return self._encoder.encode_natively(data)
 
     def _encode(self, data: bytes, *, final: bool) -> list[int]:
         return self._encoder.encode_all([data])[0] if final else self._encoder.encode(data)[0]
 
     def _move_joint(self, rest: bytes, ids: Sequence[int]) -> None:
         self._search_at = len(rest) + self._stride
-        if not self._encoder.spells(rest):
-            return
         for place in islice(self._candidates(rest), _ATTEMPTS):
             before = self._encode(rest[:place], final=True)
             if before + self._encode(rest[place:], final=False) == ids:
@@ -78,10 +80,15 @@ class GrowingEncoding:
         words, pairs = self._encoder.cuts_words, self._encoder.pairs
         if self._encoder.scores_words and not words:
             return
+        fits = _is_between_words if words else _is_between_characters
         for place in range(len(rest) - self._margin, 0, -1):
-            between_words = rest[place] == _SPACE and not rest[place - 1 : place].isspace()
-            within_character = rest[place] & 0xC0 == 0x80
-            if (between_words or not (words or within_character)) and rest[
-                place - 1 : place + 1
-            ] not in pairs:
+            if fits(rest, place) and rest[place - 1 : place + 1] not in pairs:
                 yield place
+
+
+def _is_between_words(text: bytes, place: int) -> bool:
+    return text[place] == _SPACE and not text[place - 1 : place].isspace()
+
+
+def _is_between_characters(text: bytes, place: int) -> bool:
+    return text[place] & 0xC0 != 0x80

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tempfile
@@ -14,6 +15,7 @@ from trimtab_mappings.vocabulary import Vocabulary, VocabularyError, backend_of,
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_log = logging.getLogger(__name__)
 _TOKENIZER_FILE = re.compile(r"token|vocab|tekken|merges|spiece|spm|\.model", re.IGNORECASE)
 _MISTRAL_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
@@ -62,7 +64,9 @@ def generation_eos(path_or_id: str, revision: str | None = None) -> tuple[int, .
 
     try:
         eos = GenerationConfig.from_pretrained(path_or_id, revision=revision).eos_token_id
-    except (OSError, TypeError):
+    except (OSError, TypeError, ValueError) as error:
+        if (file := Path(path_or_id) / "generation_config.json").exists():
+            _log.warning("%s can't be read, what it says of end tokens does not count: %s", file, error)
         return ()
     listed = eos if isinstance(eos, list) else [eos]
     return tuple(token_id for token_id in listed if type(token_id) is int)  # no bool

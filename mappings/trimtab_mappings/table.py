@@ -178,9 +178,9 @@ class MappingTable:
                 metadata = file.metadata() or {}
                 _check_metadata(path, metadata)
                 tensors = {key: file.get_tensor(key) for key in _TENSORS}
+        except TableError:
+            raise
         except (OSError, SafetensorError, AttributeError, TypeError, ValueError) as error:
-            if isinstance(error, TableError):
-                raise
             raise _refusal(  # numpy knows not every type that a header can name
                 path, f"can't be read as a safetensors file with a table's arrays: {error}"
             ) from error

@@ -194,3 +194,12 @@ def test_what_is_plainly_no_model_is_said_so(tmp_path):
     for path, fault in faults.items():
         with pytest.raises(VocabularyError, match=f"{UNREADABLE} '{path}': {fault}"):
             load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("content", ["no json", "[]", '{"max_new_tokens": -5}'])
+def test_a_generation_config_that_can_not_be_read_is_named(gpt2_like, tmp_path, caplog, content):
+    gpt2_like.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    vocabulary = load_vocabulary(str(tmp_path))
+    assert vocabulary.fingerprint == gpt2_like.vocabulary.fingerprint
+    assert f"{tmp_path / 'generation_config.json'} can't be read" in caplog.text
