@@ -64,6 +64,15 @@ class KeyValues:
             )
         return self._layers[index]
 
+    def resized(self, slots: int) -> KeyValues:
+        """Empty tensors like these, of `slots` slots, made at once: what an engine measures stays as it
+        is.
+        """
+        other = KeyValues(slots)
+        for index, (keys, values) in self._layers.items():
+            other.layer(index, keys, values)
+        return other
+
     @property
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for pair in self._layers.values() for t in pair)

@@ -77,6 +77,7 @@ class Control:
                 f"control {name!r}: its tokenizer has token {highest}, but its model only {self.vocab_size}"
                 " logits; drop the added tokens from the tokenizer, or resize the model's embeddings"
             )
+        self.table = table
         self.aligner = Aligner(target.vocabulary, encoder, table)
         self.routing: Routing = PmMined(table.mapping, target.width, neutral=neutral, device=target.device)
         self.max_context = min(part.model.max_context for part in self.parts)

@@ -95,9 +95,14 @@ class ControlModel:
             self._probe()
         except (AttributeError, TypeError, KeyError, NotImplementedError, RuntimeError) as error:
             raise PackError(f"control model {self.location!r} can't be run: {error!r}") from error
-        block_bytes = self._cache.bytes // 2
+        self._probed = self._cache
+        block_bytes = self._probed.bytes // 2
         blocks = max(cache_bytes // block_bytes, blocks_for(self.max_context))
         self._cache, self.pool = KeyValues(blocks * BLOCK_SIZE), BlockPool(blocks)
+
+    def key_values(self, blocks: int) -> KeyValues:
+        """Keys and values of `blocks` blocks, for a caller that lays its batches out itself."""
+        return self._probed.resized(blocks * BLOCK_SIZE)
 
     def _probe(self) -> None:
         """Make sure that sequences do not see each other, nor a sequence what it was not given.
@@ -132,16 +137,29 @@ class ControlModel:
         A sequence has at least one token and at most `max_context`.
         """
         for wave in self._waves(sequences):
-            step, tokens, positions, last = self._layout(wave)
-            logits = self._model(
-                input_ids=tokens[None],
-                position_ids=positions[None],
-                use_cache=False,
-                logits_to_keep=last,
-                trimtab_step=step,
-            ).logits[0]
-            for sequence, row in zip(wave, logits.float(), strict=True):
+            for sequence, row in zip(wave, self.forward(*self._layout(wave)), strict=True):
                 sequence.complete(row)
+
+    def forward(self, step: Step, tokens: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:
+        """Run one flat batch.
+
+        Args:
+            step: where keys and values go, and what is attended to.
+            tokens: int64 [n], the new tokens.
+            positions: int64 [n], their positions in their contexts.
+            wanted: int64 [rows], after which of them the logits are wanted.
+
+        Returns:
+            float32 [rows, vocabulary].
+        """
+        logits: Tensor = self._model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=wanted,
+            trimtab_step=step,
+        ).logits[0]
+        return logits.float()
 
     def release(self, sequence: CachedSequence) -> None:
         """Give the sequence's blocks back; what it cached is lost."""

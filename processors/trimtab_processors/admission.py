@@ -1,0 +1,43 @@
+"""What the adapters for vLLM's two model runners share: who is let in, and which model is steered."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.exceptions import VLLMValidationError
+
+from trimtab_mappings import load_vocabulary
+from trimtab_processors.control import Target
+from trimtab_processors.parameters import ParametersError, parse_xargs
+from trimtab_processors.settings import command_line_settings, validate
+
+if TYPE_CHECKING:
+    import torch
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+
+
+def validate_params(sampling_params: SamplingParams) -> None:
+    """Refuse a request in the front end, before an engine sees it.
+
+    Raises:
+        VLLMValidationError: which vLLM answers with 400.
+    """
+    try:
+        parameters = parse_xargs(sampling_params.extra_args)
+        if parameters and (settings := command_line_settings()):
+            validate(parameters, settings)
+    except ParametersError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+
+
+def served_target(vllm_config: VllmConfig, device: torch.device) -> Target:
+    """The model that vLLM was started with, as a control has to know it."""
+    model = vllm_config.model_config
+    name = model.served_model_name
+    return Target(
+        name if isinstance(name, str) else name[0],
+        load_vocabulary(model.tokenizer, model.tokenizer_revision),
+        model.get_vocab_size(),
+        device,
+    )

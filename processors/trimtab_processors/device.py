@@ -1,0 +1,498 @@
+"""The control runtime for engines that sample on the device: by slot, in mode `segments`, and without a host
+read of what was sampled. It knows nothing of vLLM.
+
+The host lays a step out from upper bounds: of how long each context is, and of how much of it is new. What is
+really there, the device masks. The host waits for the device only where a request joins whose context it
+can't know the length of (the target's prompt, or output from before a preemption), and where a context comes
+to the end of its control's window.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimtab_processors import metrics
+from trimtab_processors.attention import Group, KeyValues, Step
+from trimtab_processors.cache import BLOCK_SIZE, BlockPool, blocks_for
+from trimtab_processors.control import Control, Target
+from trimtab_processors.model import ControlModel
+from trimtab_processors.pack import PackError
+from trimtab_processors.segments import Contexts, History, Join, Late, Segments, upload
+from trimtab_processors.settings import DEFAULT_CACHE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from trimtab_processors.parameters import Parameters
+
+logger = logging.getLogger(__name__)
+
+MOST_TOKENS = 8192
+"""New tokens that one forward pass computes, where it has more than one context."""
+MOST_ATTENDED = 2**17
+"""Slots of contexts whose keys and values are gathered at once: what bounds the memory of a step."""
+_SCRATCH = 0
+"""The block, and the slot, into which padding writes its keys and values."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step of the engine: its requests, and the rows of its logits."""
+
+    slots: NDArray[np.int64]
+    """[requests]: their slots."""
+    row_slots: Tensor
+    """int [rows]: to which slot each row belongs."""
+    row_offsets: Tensor
+    """int [rows]: its place among the rows of its request: 0 after what was sampled, j after draft j."""
+    row_tokens: Tensor
+    """int [rows]: the token that the row follows on."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a control computed for some slots."""
+
+    slots: NDArray[np.int64]
+    """[n]."""
+    places: Tensor
+    """int64 [n]: the slots on the device."""
+    logits: Tensor
+    """float32 [n, 1 + drafts, control vocabulary]."""
+    known: Tensor
+    """bool [n]: whether there is a context at all."""
+
+
+class Blocks:
+    """Which blocks of a pool hold the keys and values of each slot."""
+
+    def __init__(self, slots: int, blocks: int, width: int) -> None:
+        """Share `blocks` blocks, and one for padding, among `slots` contexts of at most `width` blocks."""
+        self.pool = BlockPool(blocks + 1)
+        self.pool.take(_SCRATCH + 1)
+        self.table = np.full((slots, width), _SCRATCH, dtype=np.int64)
+        self._held = np.zeros(slots, dtype=np.int64)
+        self._owners: dict[int, None] = {}
+        """The slots that hold blocks, the one that has not run for longest first."""
+        self.empty = np.ones(slots, dtype=np.bool_)
+        """Of which slots nothing is computed."""
+
+    def release(self, slot: int) -> None:
+        """Take the slot's blocks; what was computed of it is lost."""
+        self.pool.give(self.table[slot, : self._held[slot]].tolist())
+        self.table[slot], self._held[slot], self.empty[slot] = _SCRATCH, 0, True
+        self._owners.pop(slot, None)
+
+    def reserve(self, slot: int, count: int, wave: Sequence[int]) -> bool:
+        """Give `slot` its first `count` blocks, taken from the longest idle where none are free.
+
+        Returns:
+            False where only the slots of `wave` hold blocks.
+        """
+        missing = max(count - int(self._held[slot]), 0)
+        if self.pool.free < missing and not self._evict(missing, {*wave, slot}):
+            return False
+        start = self._held[slot]
+        self.table[slot, start : start + missing] = self.pool.take(missing)
+        self._held[slot] += missing
+        self._owners.pop(slot, None)
+        self._owners[slot] = None
+        return True
+
+    def _evict(self, wanted: int, busy: set[int]) -> bool:
+        for owner in [owner for owner in self._owners if owner not in busy]:
+            self.release(owner)
+            if self.pool.free >= wanted:
+                return True
+        return False
+
+
+class DeviceControl:
+    """One control beside one target: its contexts, its keys and values, and the rows that it computes."""
+
+    def __init__(self, control: Control, target: Target, history: History, *, most_drafts: int) -> None:
+        """Prepare a context for each slot of `history`.
+
+        Args:
+            control: the control.
+            target: the model that it steers.
+            history: what the target has read and written.
+            most_drafts: the draft tokens that a request may have in a step.
+
+        Raises:
+            PackError: the control's tokenizer spells with tokens that its model does not have.
+        """
+        self.control = control
+        self._device = target.device
+        self._labels = (target.name, control.name)
+        slots, window = len(history.length), control.max_context
+        if (highest := int(control.table.segment_ids.max(initial=-1))) >= control.vocab_size:
+            raise PackError(
+                f"control {control.name!r}: its tokenizer spells with token {highest}, but its model has only"
+                f" {control.vocab_size}"
+            )
+        segments = Segments(control.table, target.vocabulary, target.device)
+        self._longest = segments.longest
+        self.contexts = Contexts(segments, history, window=window, most_new=1 + most_drafts)
+        blocks = min(part.model.pool.blocks for part in control.parts)
+        self.blocks = Blocks(slots, blocks, blocks_for(window))
+        self._caches = [part.model.key_values(blocks + _SCRATCH + 1) for part in control.parts]
+        self._computed = torch.zeros(slots, dtype=torch.int64, device=target.device)
+        """Keys and values of so many tokens stand in the blocks, where those are not `empty`."""
+        self._pending = np.zeros(slots, dtype=np.int64)
+        """At least by how much each context has grown since it was computed."""
+        self._strengths = torch.zeros(slots, dtype=torch.float32, device=target.device)
+        self._counts = torch.zeros(2, dtype=torch.int64, device=target.device)
+        """Rows that were shifted, and rows left alone since their shift was not finite."""
+        self._late_counts, self._counted = Late(self._counts), np.zeros(2, dtype=np.int64)
+        self._joining: dict[int, Join] = {}
+        self._recent: list[NDArray[np.int64]] = []
+        self._ahead: Rows | None = None
+
+    def open(self, slot: int, parameters: Parameters, prompt: int, end: int) -> None:
+        """Take up the request in `slot`, whose history has `end` tokens, of which `prompt` are its prompt."""
+        vocab_size, own = self.control.vocab_size, parameters.prompt
+        usable = own is not None and all(token < vocab_size for token in own)
+        tokens = self.control.prompt((), own)
+        start, keeps_first = prompt if usable else 0, self.control.keeps_first(tokens)
+        self._joining[slot] = Join(slot, tokens, start, end, prompt, keeps_first=keeps_first)
+        strength = self.control.strength if parameters.strength is None else parameters.strength
+        self._strengths[slot] = strength
+        self.blocks.release(slot)
+        metrics.REQUESTS.labels(*self._labels).inc(end == prompt)
+
+    def close(self, slot: int) -> None:
+        """Give back what the slot holds."""
+        self._joining.pop(slot, None)
+        self._recent = [slots[slots != slot] for slots in self._recent]
+        self.blocks.release(slot)
+
+    def begin(self) -> None:
+        """Take in who joined, and compute the rows that the next step will most likely want."""
+        self.contexts.refresh()
+        self._count()
+        if self._joining:
+            cut = self.contexts.join([*self._joining.values()])
+            metrics.TRUNCATIONS.labels(*self._labels).inc(len(cut))
+        slots = np.concatenate((np.array([*self._joining], dtype=np.int64), *self._recent))
+        self._joining.clear()
+        self._recent.clear()
+        self._ahead = self.rows(slots) if slots.size else None
+
+    def _count(self) -> None:
+        counts = self._late_counts.exchange()
+        shifted, left = (counts - self._counted).tolist()
+        self._counted = np.maximum(counts, self._counted)
+        metrics.TOKENS.labels(*self._labels).inc(max(shifted, 0))
+        metrics.NON_FINITE.labels(*self._labels).inc(max(left, 0))
+        metrics.BLOCKS.labels(*self._labels).set(self.blocks.pool.used - _SCRATCH - 1)
+
+    def rows(self, slots: NDArray[np.int64], drafts: Tensor | None = None) -> Rows:
+        """Compute the rows of `slots`, after what they have and after each of their drafts.
+
+        Args:
+            slots: int64 [n], no slot twice.
+            drafts: int64 [all slots, drafts], target tokens, -1 for none. They leave no trace.
+
+        Returns:
+            The rows, in an order of their own.
+        """
+        places = upload(slots, self._device)
+        self._pending[slots] += self.contexts.advance(slots, places)
+        extra = self._longest * (drafts.shape[1] if drafts is not None else 0)
+        cut = self.contexts.fit(slots, places, extra)
+        metrics.TRUNCATIONS.labels(*self._labels).inc(len(cut))
+        for slot in cut:
+            self.blocks.release(slot)
+        waves = [self._run(wave, drafts, extra) for wave in self._waves(slots, extra)]
+        if len(waves) == 1:
+            return waves[0]
+        return Rows(
+            np.concatenate([wave.slots for wave in waves]),
+            *(torch.cat([getattr(wave, name) for wave in waves]) for name in ("places", "logits", "known")),
+        )
+
+    def _shape(self, slot: int, extra: int) -> tuple[int, int]:
+        """At least how many new tokens `slot` has, and how many blocks its context."""
+        length = max(int(self.contexts.bound[slot]), 1)
+        new = length if self.blocks.empty[slot] else max(int(self._pending[slot]), 1)
+        window = self.control.max_context
+        return min(new + extra, window), blocks_for(min(length + extra, window))
+
+    def _waves(self, slots: NDArray[np.int64], extra: int) -> Iterator[list[int]]:
+        """Split a step into batches that fit into the pool and into memory, contexts of like shape side by
+        side.
+        """
+        waiting = sorted(slots.tolist(), key=lambda slot: self._likeness(slot, extra), reverse=True)
+        while waiting:
+            wave, tokens = [waiting.pop()], 0
+            self.blocks.reserve(wave[0], self._shape(wave[0], extra)[1], wave)
+            while waiting:
+                new, blocks = self._shape(waiting[-1], extra)
+                tokens += new
+                if tokens > MOST_TOKENS or not self.blocks.reserve(waiting[-1], blocks, wave):
+                    break
+                wave.append(waiting.pop())
+            yield wave
+
+    def _likeness(self, slot: int, extra: int) -> tuple[int, int]:
+        """Which slots are attended together: padding is less than half of what they have and see."""
+        new, blocks = self._shape(slot, extra)
+        return new.bit_length(), blocks.bit_length()
+
+    def _run(self, wave: list[int], drafts: Tensor | None, extra: int) -> Rows:
+        slots = np.array(wave, dtype=np.int64)
+        places, empty = upload(np.stack((slots, self.blocks.empty[slots])), self._device)
+        length = self.contexts.length[places]
+        ends = length[:, None] if drafts is None else self.contexts.ends(places, drafts[places])
+        # The last token is computed even where it is cached: its row is wanted.
+        first = torch.where(empty > 0, 0, torch.minimum(self._computed[places], length - 1)).clamp(min=0)
+        layout = _Layout(self.contexts.tokens, places, first, ends)
+        for members, new, blocks in self._groups(wave, extra):
+            layout.add(upload(self.blocks.table[members, :blocks], self._device), new)
+        logits = [
+            part.weight * layout.run(part.model, cache)[..., : self.control.vocab_size]
+            for part, cache in zip(self.control.parts, self._caches, strict=True)
+        ]
+        self._computed[places] = length
+        self._pending[slots], self.blocks.empty[slots] = 0, False
+        return Rows(slots, places, torch.stack(logits).sum(dim=0), length > 0)
+
+    def _groups(self, wave: list[int], extra: int) -> Iterator[tuple[list[int], int, int]]:
+        """Which slots of `wave` are attended together, for how many new tokens and over how many blocks."""
+        for _, like in groupby(wave, key=lambda slot: self._likeness(slot, extra)):
+            members = [*like]
+            new, blocks = map(max, zip(*(self._shape(slot, extra) for slot in members), strict=True))
+            most = max(MOST_ATTENDED // (blocks * BLOCK_SIZE), 1)
+            for start in range(0, len(members), most):
+                yield members[start : start + most], new, blocks
+
+    def apply(self, logits: Tensor, batch: Batch, members: NDArray[np.int64], drafts: Tensor | None) -> None:
+        """Shift the rows of some requests in place.
+
+        Args:
+            logits: float [rows, width].
+            batch: the step.
+            members: int64 [n], which of its requests are under this control.
+            drafts: see `rows`; without, each request has one row.
+        """
+        slots = batch.slots[members]
+        if drafts is None:
+            self._apply_single(logits, slots, members)
+            self._recent.append(slots)  # with drafts, what could be computed ahead is not worth a pass
+        else:
+            self._apply_drafts(logits, batch, self.rows(slots, drafts))
+        self.contexts.expect(slots, 1 + (drafts.shape[1] if drafts is not None else 0))
+
+    def _apply_single(self, logits: Tensor, slots: NDArray[np.int64], members: NDArray[np.int64]) -> None:
+        row_of = np.full(len(self._pending), -1)
+        row_of[slots] = members
+        ahead = self._ahead
+        ready = slots[np.isin(slots, ahead.slots) & ~self.contexts.arrives(slots)] if ahead else slots[:0]
+        late = np.setdiff1d(slots, ready)
+        for rows in (ahead if ready.size else None, self.rows(late) if late.size else None):
+            if rows:
+                picked = np.flatnonzero(np.isin(rows.slots, ready if rows is ahead else late))
+                pick, row = upload(np.stack((picked, row_of[rows.slots[picked]])), self._device)
+                shifted = self._shifted(
+                    logits[row], rows.logits[pick, 0], rows.places[pick], rows.known[pick]
+                )
+                logits[row] = shifted
+
+    def _apply_drafts(self, logits: Tensor, batch: Batch, rows: Rows) -> None:
+        place_of = torch.full((len(self._pending),), -1, device=self._device)
+        place_of[rows.places] = torch.arange(len(rows.slots), device=self._device)
+        owner = place_of[batch.row_slots.long()]
+        pick = owner.clamp(min=0)
+        own = rows.logits[pick, batch.row_offsets.long()]
+        known = rows.known[pick] & (owner >= 0)
+        logits.copy_(self._shifted(logits, own, rows.places[pick], known))
+
+    def _shifted(self, logits: Tensor, rows: Tensor, places: Tensor, known: Tensor) -> Tensor:
+        """Logits, float [n, width], with the shift where `known`, bool [n], and the shift is finite."""
+        shift = self.control.routing.shift(rows) * self._strengths[places, None]
+        finite = shift.isfinite().all(dim=1)
+        done = known & finite
+        self._counts += torch.stack((done.sum(), (known & ~finite).sum()))
+        return torch.where(done[:, None], logits + shift.to(logits.dtype), logits)
+
+
+class _Layout:
+    """The flat batch of one forward pass, which grows by groups of contexts."""
+
+    def __init__(self, tokens: Tensor, places: Tensor, first: Tensor, ends: Tensor) -> None:
+        """Lay out the contexts `tokens[places]`, of each what stands from `first` on.
+
+        Args:
+            tokens: int [slots, context].
+            places: int64 [n].
+            first: int64 [n], the first token that is computed.
+            ends: int64 [n, rows], behind which tokens rows are wanted; the last is where a context ends.
+        """
+        self._contexts, self._places, self._first, self._ends = tokens, places, first[:, None], ends
+        self._device = places.device
+        self._laid = self._length = 0
+        self._groups: list[Group] = []
+        self._tokens: list[Tensor] = []
+        self._writes: list[Tensor] = []
+        self._wanted: list[Tensor] = []
+
+    def add(self, blocks: Tensor, new: int) -> None:
+        """Add as many contexts as `blocks`, int64 [m, blocks], has, with up to `new` new tokens each."""
+        members = slice(self._laid, self._laid + len(blocks))
+        first, ends = self._first[members], self._ends[members]
+        positions = first + torch.arange(new, device=self._device)
+        fresh = positions < ends[:, -1:]
+        positions = torch.where(fresh, positions, 0)
+        slots = blocks[:, :, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=self._device)
+        slots = slots.flatten(1)
+        index = torch.arange(self._length, self._length + fresh.numel(), device=self._device).view_as(fresh)
+        self._groups.append(Group(index, positions, slots))
+        tokens = self._contexts[self._places[members, None], positions]
+        self._tokens.append(torch.where(fresh, tokens, 0).flatten().long())
+        self._writes.append(torch.where(fresh, slots.gather(1, positions), _SCRATCH).flatten())
+        self._wanted.append(index[:, :1] + (ends - 1 - first).clamp(0, new - 1))
+        self._laid, self._length = members.stop, self._length + fresh.numel()
+
+    def run(self, model: ControlModel, cache: KeyValues) -> Tensor:
+        """float32 [n, rows, vocabulary]."""
+        positions = torch.cat([group.positions.flatten() for group in self._groups])
+        step = Step(cache, torch.cat(self._writes), self._groups)
+        wanted = torch.cat(self._wanted)
+        logits = model.forward(step, torch.cat(self._tokens), positions, wanted.flatten())
+        return logits.view(*wanted.shape, -1)
+
+
+class DeviceRuntime:
+    """The controls of one engine, and what they compute in a step."""
+
+    def __init__(
+        self,
+        target: Target,
+        controls: Mapping[str, str],
+        history: History,
+        *,
+        tables: Path,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        neutral: bool = True,
+        most_drafts: int = 0,
+    ) -> None:
+        """Load every control of `controls`, name to pack, beside `target`.
+
+        Args:
+            target: the model that is steered.
+            controls: names and where their packs are.
+            history: what the target has read and written, by slot.
+            tables: the directory of mapping tables.
+            cache_bytes: the size of each control's pool of keys and values, in bytes.
+            neutral: how unmapped tokens are shifted, see `PmMined`.
+            most_drafts: the draft tokens that a request may have in a step.
+        """
+        self._target, self._most_drafts = target, most_drafts
+        self._controls = [
+            DeviceControl(
+                Control(name, location, target, tables=tables, cache_bytes=cache_bytes, neutral=neutral),
+                target,
+                history,
+                most_drafts=most_drafts,
+            )
+            for name, location in controls.items()
+        ]
+        self._numbers = {name: number for number, name in enumerate(controls)}
+        self._control_of = np.full(len(history.length), -1)
+        self._lane = _Lane(target.device)
+
+    def open(self, slot: int, parameters: Parameters | None, prompt: int, end: int) -> bool:
+        """Take up the request in `slot`, anew or resumed; whatever was in the slot before is forgotten.
+
+        Args:
+            slot: where it is.
+            parameters: the control that it wants, if any.
+            prompt: how many tokens the target's prompt has.
+            end: how many its history has: more than that, where it is resumed.
+
+        Returns:
+            Whether it is under control; it goes on without where this engine has no such control.
+        """
+        if (number := self._control_of[slot]) >= 0:
+            self._controls[number].close(slot)
+        self._control_of[slot] = -1
+        if parameters is None:
+            return False
+        if parameters.control not in self._numbers:
+            logger.error("no control %r here, a request goes on without it", parameters.control)
+            metrics.UNKNOWN.labels(self._target.name).inc()
+            return False
+        self._control_of[slot] = self._numbers[parameters.control]
+        self._controls[self._control_of[slot]].open(slot, parameters, prompt, end)
+        return True
+
+    @torch.inference_mode()
+    def begin(self) -> None:
+        """Begin a step, once the history holds what the last one sampled: compute beside the target's
+        forward what the step will most likely want.
+        """
+        with self._lane.beside():
+            for control in self._controls:
+                control.begin()
+
+    @torch.inference_mode()
+    def apply(self, logits: Tensor, batch: Batch) -> None:
+        """Shift `logits`, float [rows, width], in place; for a step, or for each part of its requests."""
+        started = time.perf_counter()
+        self._lane.join()
+        numbers = self._control_of[batch.slots]
+        drafts = self._drafts(batch) if (numbers >= 0).any() else None
+        for number, control in enumerate(self._controls):
+            members = np.flatnonzero(numbers == number)
+            if members.size:
+                control.apply(logits, batch, members, drafts)
+        metrics.APPLY_SECONDS.labels(self._target.name).inc(time.perf_counter() - started)
+
+    def _drafts(self, batch: Batch) -> Tensor | None:
+        """int64 [slots, drafts]: the drafts of this step, -1 for none; None where nobody has any."""
+        most = min(len(batch.row_slots) - len(batch.slots), self._most_drafts)
+        if not most:
+            return None
+        drafts = torch.full((len(self._control_of), 1 + most), -1, device=self._target.device)
+        drafts[batch.row_slots.long(), batch.row_offsets.long()] = batch.row_tokens.long()
+        return drafts[:, 1:]
+
+
+class _Lane:
+    """A stream beside that of the target's forward, where the device has streams."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Work that begins after what the current stream has been given so far.
+
+        What is allocated here is used by the current stream only before the next call, and the other way
+        round never: so memory that is freed is not taken while the other stream still reads it.
+        """
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """Let the current stream wait for the work beside it."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)

@@ -1,0 +1,131 @@
+"""The adapter for vLLM's V2 model runner, beside a stand-in of that runner made of vLLM's own classes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import sys
+from itertools import chain
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+
+from reference import Model
+from runner import Job, Runner, Segments, configuration, request_state
+from tiny import sentences
+from trimtab_processors.settings import command_line_settings
+from trimtab_processors.vllm_v2 import ControlProcessor
+
+TOKENS = 14
+
+
+def jobs(target, controls, count, seed=0):
+    """Requests with and without control, with and without a prompt of the control's own."""
+    rng = random.Random(seed)
+    made = []
+    for number, text in enumerate(sentences(count, seed=seed + 3)):
+        xargs = None
+        if number % 4:
+            xargs = {
+                "trimtab_control": rng.choice(list(controls)),
+                "trimtab_strength": rng.choice([0.5, -1.0]),
+            }
+            if rng.random() < 0.5:
+                xargs["trimtab_prompt"] = [rng.randrange(3, 500) for _ in range(rng.randint(1, 30))]
+        prompt = [target.tokenizer.bos_token_id] * (number % 2) + target.tokenizer.encode(text)
+        made.append(Job(f"request-{number}", prompt, xargs, TOKENS))
+    return made
+
+
+def check(rows, references):
+    """Every row that is sampled from has the shift of the slow reference; no other request's has changed."""
+    checked = 0
+    for row in rows:
+        if row.job.xargs is None:
+            assert torch.equal(row.before, row.after)
+        elif row.sampled:
+            reference = references[row.job.xargs["trimtab_control"]]
+            own = row.job.xargs.get("trimtab_prompt")
+            shift = reference.shift(reference.context(row.job.prompt, own, row.output))
+            expected = row.before + row.job.xargs["trimtab_strength"] * shift
+            torch.testing.assert_close(row.after, expected, atol=1e-4, rtol=1e-4)
+            checked += 1
+    return checked
+
+
+@pytest.mark.parametrize("cache_bytes", [1, 10_000_000], ids=["pool-of-one-context", "pool-with-room"])
+@pytest.mark.parametrize(("name", "drafts", "parts"), [("a", 0, 1), ("b", 0, 2), ("b", 3, 1), ("c", 2, 2)])
+def test_every_row_has_the_shift_of_the_reference(family, tmp_path, name, drafts, parts, cache_bytes):
+    """Whatever joins, leaves, is half prefilled, preempted, resumed, drafted or rejected."""
+    target, controls = Model(family.targets[name]), {"control": family.control}
+    config = configuration(family.targets[name], controls, tmp_path, drafts=drafts, cache_bytes=cache_bytes)
+    runner = Runner(config, target, slots=5, drafts=drafts, parts=parts)
+    references = {"control": Segments(target, Model(family.control))}
+    rows = list(chain(*runner.run(jobs(target, controls, 8))))
+    assert check(rows, references) > 5 * TOKENS
+    assert any(not row.sampled for row in rows)
+    assert (max(map(len, (row.output for row in rows))) > TOKENS) == bool(drafts)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_controls_of_different_tokenizers_steer_side_by_side(family, tmp_path, drafts):
+    """Each request by its own, in one batch."""
+    target, controls = Model(family.c), {"control": family.control, "other": family.b}
+    runner = Runner(
+        configuration(family.c, controls, tmp_path, drafts=drafts), target, slots=6, drafts=drafts, seed=1
+    )
+    references = {name: Segments(target, Model(place)) for name, place in controls.items()}
+    made = jobs(target, controls, 8, seed=1)
+    assert {job.xargs["trimtab_control"] for job in made if job.xargs} == {"control", "other"}
+    check(chain(*runner.run(made)), references)
+
+
+def test_a_control_that_the_engine_does_not_have_costs_nobody_their_request(family, tmp_path):
+    """The front end refuses it; where it could not know, the request goes on without control."""
+    target = Model(family.a)
+    runner = Runner(configuration(family.a, {"control": family.control}, tmp_path), target, slots=2)
+    runner.add(Job("lost", [3, 4], {"trimtab_control": "nobody"}, 3))
+    assert not runner.steered.any()
+    (row,) = runner.step()
+    assert torch.equal(row.before, row.after)
+
+
+def test_the_start_says_in_one_line_what_runs(family, tmp_path, caplog):
+    """Which runner, which alignment, which controls."""
+    with caplog.at_level(logging.INFO, logger="trimtab_processors"):
+        config = configuration(family.a, {"control": family.control}, tmp_path)
+        ControlProcessor(config, request_state(2, 600))
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+    assert all(word in line for word in ("V2", "segments", "control"))
+
+
+@pytest.mark.parametrize(
+    ("plugin", "said"), [({"contols": {}}, r"trimtab\.contols"), ({"control_cpus": [1]}, "V1 model runner")]
+)
+def test_a_wrong_configuration_is_refused_by_its_key(family, tmp_path, plugin, said):
+    """At start, not at the first request."""
+    config = configuration(family.a, {}, tmp_path, **plugin)
+    with pytest.raises(ValueError, match=said):
+        ControlProcessor(config, request_state(2, 600))
+
+
+@pytest.fixture
+def command_line(family, monkeypatch):
+    """The front end of a server that was started with the family's control."""
+    config = json.dumps({"trimtab": {"controls": {"control": str(family.control)}}})
+    monkeypatch.setattr(sys, "argv", ["api_server", "--model", "m", f"--additional-config={config}"])
+    command_line_settings.cache_clear()
+    yield
+    command_line_settings.cache_clear()
+
+
+@pytest.mark.usefixtures("command_line")
+def test_the_front_end_refuses_what_is_wrong_and_lets_pass_what_is_right():
+    """Where vLLM makes a 400 of it, and no engine has seen it."""
+    with pytest.raises(VLLMValidationError, match="no control 'nobody' here, there is: control"):
+        ControlProcessor.validate_params(SamplingParams(extra_args={"trimtab_control": "nobody"}))
+    ControlProcessor.validate_params(SamplingParams(extra_args={"trimtab_control": "control"}))
+    ControlProcessor.validate_params(SamplingParams())
