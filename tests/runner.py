@@ -8,7 +8,7 @@ order at every step, and drafts are accepted by chance.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from unittest import mock
@@ -19,7 +19,6 @@ from vllm import SamplingParams
 from vllm.v1.worker.gpu import buffer_utils
 from vllm.v1.worker.gpu.sample.logits_processor import (
     LogitsContext,
-    LogitsProcessor,
     build_custom_logits_processors,
 )
 from vllm.v1.worker.gpu.states import RequestState
@@ -47,7 +46,7 @@ def configuration(directory, controls, tables, *, drafts=0, **plugin):
 
 def request_state(slots: int, vocabulary: int, drafts: int = 0) -> RequestState:
     """vLLM's own, with its buffers on the CPU."""
-    with mock.patch.object(buffer_utils, "is_uva_available", lambda: False):
+    with mock.patch.object(buffer_utils, "is_uva_available", return_value=False):
         return RequestState(slots, MAX_LENGTH, MAX_LENGTH, drafts, vocabulary, torch.device("cpu"))
 
 
@@ -252,11 +251,6 @@ class Segments:
     def shift(self, context: list[int]) -> torch.Tensor:
         return self.reference.shift(context)
 
-    @property
-    def text(self) -> Callable[[list[int]], bytes]:
+    def text(self, tokens: list[int]) -> bytes:
         """What control tokens spell."""
-        spellings = self.reference.control.bytes
-        return lambda tokens: b"".join(spellings[token] or b"" for token in tokens)
-
-
-__all__ = ["ADAPTER", "Job", "LogitsProcessor", "Row", "Runner", "Segments", "configuration", "request_state"]
+        return b"".join(self.reference.control.bytes[token] or b"" for token in tokens)

@@ -57,11 +57,13 @@ def check(rows, references):
 
 
 @pytest.mark.parametrize("cache_bytes", [1, 10_000_000], ids=["pool-of-one-context", "pool-with-room"])
-@pytest.mark.parametrize(("name", "drafts", "parts"), [("a", 0, 1), ("b", 0, 2), ("b", 3, 1), ("c", 2, 2)])
-def test_every_row_has_the_shift_of_the_reference(family, tmp_path, name, drafts, parts, cache_bytes):
+@pytest.mark.parametrize("engine", [("a", 0, 1), ("b", 0, 2), ("b", 3, 1), ("c", 2, 2)], ids=str)
+def test_every_row_has_the_shift_of_the_reference(family, tmp_path, engine, cache_bytes):
     """Whatever joins, leaves, is half prefilled, preempted, resumed, drafted or rejected."""
-    target, controls = Model(family.targets[name]), {"control": family.control}
-    config = configuration(family.targets[name], controls, tmp_path, drafts=drafts, cache_bytes=cache_bytes)
+    name, drafts, parts = engine
+    directory, controls = family.targets[name], {"control": family.control}
+    target = Model(directory)
+    config = configuration(directory, controls, tmp_path, drafts=drafts, cache_bytes=cache_bytes)
     runner = Runner(config, target, slots=5, drafts=drafts, parts=parts)
     references = {"control": Segments(target, Model(family.control))}
     rows = list(chain(*runner.run(jobs(target, controls, 8))))
