@@ -162,7 +162,14 @@ class DeviceControl:
         self._ahead: Rows | None = None
 
     def open(self, slot: int, parameters: Parameters, prompt: int, end: int) -> None:
-        """Take up the request in `slot`, whose history has `end` tokens, of which `prompt` are its prompt."""
+        """Take up a request in `slot`, which was closed before.
+
+        Args:
+            slot: where it is.
+            parameters: what it wants.
+            prompt: how many tokens the target's prompt has.
+            end: how many its history has.
+        """
         vocab_size, own = self.control.vocab_size, parameters.prompt
         usable = own is not None and all(token < vocab_size for token in own)
         tokens = self.control.prompt((), own)
@@ -170,7 +177,6 @@ class DeviceControl:
         self._joining[slot] = Join(slot, tokens, start, end, prompt, keeps_first=keeps_first)
         strength = self.control.strength if parameters.strength is None else parameters.strength
         self._strengths[slot] = strength
-        self.blocks.release(slot)
         metrics.REQUESTS.labels(*self._labels).inc(end == prompt)
 
     def close(self, slot: int) -> None:

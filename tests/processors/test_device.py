@@ -203,6 +203,18 @@ def test_a_step_that_brings_nothing_new_changes_nothing(family, tmp_path):
     assert engine.context(0) == context
 
 
+def test_rows_that_were_computed_ahead_are_not_taken_for_later_ones(family, pair, tmp_path):
+    """Where a step is not begun, its rows are computed when they are wanted."""
+    directory, slow = pair
+    engine = Engine(directory, {"control": family.control}, tmp_path)
+    engine.add(0, [5], Parameters(control="control", prompt=(7, 8)))
+    engine.step()
+    engine.write(0, [300])
+    logits = torch.zeros(1, engine.width)
+    engine.runtime.apply(logits, engine.batch([0]))
+    close(logits[0], slow.shift(slow.context([5], [7, 8], [300])))
+
+
 def test_a_full_pool_costs_time_and_nothing_else(family, pair, tmp_path):
     """One context's worth of blocks for four requests, which lose them in turns."""
     directory, slow = pair
@@ -224,19 +236,49 @@ def test_a_full_pool_costs_time_and_nothing_else(family, pair, tmp_path):
     assert blocks.table.max() == 0
 
 
+def laid_out(engine):
+    """A step's shifts, and the groups of contexts that were attended together, by forward pass."""
+    forward = ControlModel.forward
+    with mock.patch.object(ControlModel, "forward", autospec=True, side_effect=forward) as seen:
+        return engine.step(), [call.args[1].groups for call in seen.call_args_list]
+
+
+def crowd(family, tables, slots=8):
+    """An engine with prompts of one token to most of a window."""
+    engine, rng = Engine(family.b, {"control": family.control}, tables, slots=slots), random.Random(3)
+    for slot in range(slots):
+        own = [rng.randrange(3, 400) for _ in range(1 + slot * 28)]
+        engine.add(slot, [5], Parameters(control="control", prompt=own))
+    return engine
+
+
 def test_large_steps_are_cut_into_what_memory_has_room_for(family, tmp_path, monkeypatch):
     """Several passes, several calls of attention, the same rows."""
-    engines = [Engine(family.b, {"control": family.control}, tmp_path, slots=8) for _ in range(2)]
-    rng = random.Random(3)
-    owns = [[rng.randrange(3, 400) for _ in range(rng.randint(1, 90))] for _ in range(8)]
-    for engine in engines:
-        for slot, own in enumerate(owns):
-            engine.add(slot, [5], Parameters(control="control", prompt=own))
-    whole = engines[0].step()
-    monkeypatch.setattr(device, "MOST_TOKENS", 100)
-    monkeypatch.setattr(device, "MOST_ATTENDED", 70)
-    for slot, shift in engines[1].step().items():
+    whole, (together,) = laid_out(crowd(family, tmp_path))
+    monkeypatch.setattr(device, "MOST_TOKENS", 300)
+    monkeypatch.setattr(device, "MOST_ATTENDED", 280)
+    shifts, passes = laid_out(crowd(family, tmp_path))
+    assert len(passes) > 2
+    assert sum(map(len, passes)) > len(together)
+    for group in (group for groups in passes for group in groups):
+        assert group.slots.numel() <= 280 or len(group.slots) == 1
+    for slot, shift in shifts.items():
         close(shift, whole[slot])
+
+
+def test_a_long_context_does_not_make_short_ones_attend_to_as_much(family, tmp_path):
+    """Contexts of like length are attended together, new ones and growing ones."""
+    engine = crowd(family, tmp_path)
+    slack = 2 * engine.runtime._controls[0].contexts._segments.longest  # the host knows lengths late
+    for _ in range(2):
+        _, (groups,) = laid_out(engine)
+        assert 1 < len(groups) < 8
+        for group in groups:
+            own = device.BLOCK_SIZE * (group.positions.amax(dim=1) // device.BLOCK_SIZE + 1)
+            assert (group.slots.shape[1] <= 2 * own + slack).all()
+        assert sum(group.slots.numel() for group in groups) < 0.75 * 8 * CONTEXT
+        for slot in range(8):
+            engine.write(slot, [300])
 
 
 @pytest.mark.parametrize("own", [True, False])
