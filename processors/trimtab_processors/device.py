@@ -243,8 +243,9 @@ class DeviceControl:
         """
         waiting = sorted(slots.tolist(), key=lambda slot: self._likeness(slot, extra), reverse=True)
         while waiting:
-            wave, tokens = [waiting.pop()], 0
-            self.blocks.reserve(wave[0], self._shape(wave[0], extra)[1], wave)
+            wave = [waiting.pop()]
+            tokens, blocks = self._shape(wave[0], extra)
+            self.blocks.reserve(wave[0], blocks, wave)
             while waiting:
                 new, blocks = self._shape(waiting[-1], extra)
                 tokens += new

@@ -328,6 +328,38 @@ def test_drafts_never_carry_a_context_past_the_window(family, tmp_path):
         engine.write(0, tokens[1 : 1 + rng.randint(1, drafts)])
 
 
+def test_more_drafts_than_a_window_has_room_for_fail_nothing(family, tmp_path):
+    """What is past the window is not exact; what is in it is."""
+    drafts = 150
+    engine = Engine(family.b, {"control": family.control}, tmp_path, slots=1, most_drafts=drafts)
+    slow, rng = Segments(Model(family.b), Model(family.control)), random.Random(7)
+    engine.add(0, [5], Parameters(control="control", prompt=range(3, 123)))
+    tokens = [5, *(rng.randrange(3, 900) for _ in range(drafts))]
+    logits = torch.zeros(1 + drafts, engine.width)
+    engine.runtime.begin()
+    rows = torch.zeros(1 + drafts, dtype=torch.int32)
+    engine.runtime.apply(logits, Batch(np.array([0]), rows, torch.arange(1 + drafts), torch.tensor(tokens)))
+    chains = [engine.context(0) + [p for t in tokens[1 : 1 + n] for p in slow.segment(t)] for n in range(151)]
+    assert len(chains[-1]) > CONTEXT
+    for row, chain in zip(logits, chains, strict=True):
+        assert row.any()
+        if len(chain) <= CONTEXT:
+            close(row, slow.shift(chain))
+
+
+def test_nothing_is_computed_for_a_request_that_left(family, tmp_path):
+    """Neither for one that ran, nor for one that had yet to join."""
+    engine = Engine(family.b, {"control": family.control}, tmp_path)
+    engine.add(0, [5], STEERED)
+    engine.step()
+    engine.add(1, [5], STEERED)
+    for slot in (0, 1):
+        engine.runtime.open(slot, None, 1, 1)
+    with mock.patch.object(ControlModel, "forward") as counted:
+        engine.runtime.begin()
+    assert not counted.called
+
+
 def test_the_host_knows_nearly_how_long_contexts_are(family, tmp_path):
     """Never less than there is, and no more than a few steps of the longest tokens."""
     engine, rng = Engine(family.b, {"control": family.control}, tmp_path, slots=2), random.Random(6)
