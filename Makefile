@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # uv reads find-links from its own variable only.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: setup demo test check format lock clean
+.PHONY: setup demo test bench check format lock clean
 
 setup: $(READY)
 
@@ -26,6 +26,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# What control costs: some 25 minutes, on a machine that does nothing else. TEXT: prose for the growing output.
+bench: setup
+	$(BIN)/python benchmarks/control.py --save .trimtab/control.json
+	$(BIN)/python benchmarks/growth.py --plot docs/growth.svg $(addprefix --text ,$(TEXT))
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -46,7 +46,7 @@ def main(
         CONTROLS
     ),
     rounds: Annotated[int, typer.Option(min=1)] = 5,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens that each request generates.")] = 32,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens that each request generates.")] = 24,
     save: Annotated[Path | None, typer.Option(help="A file for the JSON too.")] = None,
 ) -> None:
     """Measure what control costs."""

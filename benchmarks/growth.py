@@ -73,7 +73,7 @@ def main(
     plot: Annotated[Path, typer.Option(help="The SVG to write.")],
     text: Annotated[list[Path], typer.Option(help="Prose, plain or JSONL; may be repeated.")] = [],
     tokens: Annotated[int, typer.Option(min=2 * FIRST, help="The longest output, in tokens.")] = 4096,
-    rounds: Annotated[int, typer.Option(min=1, help="Outputs for each tokenizer.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Outputs for each tokenizer.")] = 2,
     shape: Annotated[str, typer.Option(help="The control's: 15M, 42M or tiny.")] = "15M",
 ) -> None:
     """Measure the control's step as the output grows."""

@@ -61,6 +61,8 @@ class Context:
         Returns:
             Whether the tokens before it may have changed.
         """
+        if token >= len(self.table.mapping):  # logits past the tokenizer
+            return False
         if token in self.target.special:
             return self._end_text(int(self.table.mapping[token]))
         self._text += self.target.tokens[token]

@@ -6,8 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
+
+from reference import Model, Reference
+from trimtab_mappings import build_table, load_encoder, load_vocabulary
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -37,3 +41,50 @@ def test_strategies_are_scored_on_trained_tokenizers(tmp_path):
     (result,) = found["results"]
     assert result["pair"] == pair
     assert 0 < result["exact"] <= result["first-segment"] <= 1
+
+
+@pytest.fixture
+def reference_decoder(family, monkeypatch):
+    """Makes the loop that we are measured against, for one of the family's targets."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from reference_decoding import CachedModel, ReferenceDecoder
+
+    def make(target):
+        vocabulary, encoder = load_vocabulary(str(target)), load_encoder(str(family.control))
+        models = CachedModel(str(target)), CachedModel(str(family.control))
+        return ReferenceDecoder(*models, vocabulary, encoder, build_table(vocabulary, encoder))
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_the_loop_that_we_are_measured_against_chooses_the_slow_reference_s_tokens(
+    family, reference_decoder, name
+):
+    decoder = reference_decoder(family.targets[name])
+    slow = Reference(Model(family.targets[name]), Model(family.control))
+    prompt = slow.target.tokenizer("bamo gide").input_ids
+    own_prompt = decoder.control_prompt(prompt)
+    assert own_prompt == slow.control.tokenizer("bamo gide").input_ids
+    decoded = decoder.decode(prompt, own_prompt, 60, greedy=True)
+    assert decoded.step > 0
+    assert decoded.realignments > 0 or name == "a"
+    for token, step in zip(decoded.tokens, slow.steps(prompt, own_prompt, 1.0, decoded.tokens), strict=True):
+        assert token == step.token or step.gap < 1e-4
+
+
+def test_the_loop_that_we_are_measured_against_samples_as_many_tokens(family, reference_decoder):
+    decoded = reference_decoder(family.b).decode([5, 6], [7], 40, greedy=False)
+    assert len(decoded.tokens) == 40
+
+
+def test_growth_measures_both_tokenizers_and_draws_a_plot(tmp_path):
+    pytest.importorskip("mistral_common", reason="mistral_common ships the real tokenizers")
+    plot = tmp_path / "growth.svg"
+    found = last_line("growth.py", "--plot", plot, "--shape", "tiny", "--tokens", 128, "--rounds", 1)
+    for name, bins in found["results"].items():
+        assert [each["alignment"] > 0 < each["forward"] for each in bins] == [True, True]
+        assert all((each["realignment"] is None) == (name == "same tokenizer") for each in bins)
+    drawing = ET.fromstring(plot.read_text(encoding="utf-8"))  # noqa: S314 - our own
+    lines = [line.get("points").split() for line in drawing.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert [len(points) for points in lines] == [2, 2, 2, 2, 2]
