@@ -54,13 +54,13 @@ def main(
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: the controls are {', '.join(CONTROLS)}")
     torch.set_num_threads(1)
     cores = Cores.of_this_machine()
-    os.sched_setaffinity(0, cores.others)
     found = Found()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         models = make_models(directory, control)
         largest = Load(max(*batch, *AGAINST_REFERENCE), PROMPT, tokens, 0)
         with servers(directory, models, plugins(directory, models, cores), largest, cores) as running:
+            os.sched_setaffinity(0, cores.others)  # not before: the servers would inherit it
             forwards = make_forwards(models, cores.engine, PROMPT + tokens // 2)
             bench = Bench(running, control, cores, forwards, make_references(models))
             run_round(bench, batch, WARM_UP_TOKENS, 0, Found())

@@ -195,15 +195,16 @@ def servers(
     space = math.ceil(blocks * _BLOCK * token_bytes("target") / 2**30)
     with contextlib.ExitStack() as stack:
         running = {}
-        # one after the other: at once they would take twice as long, all on the engine's core
         for name, plugin in plugins.items():
             (directory / name).mkdir()
             process = stack.enter_context(_process(directory / name, models, plugin, space, cores))
             running[name] = Server(directory / name / "socket", process)
-            if not asyncio.run(_answers(running[name])):
+        for name, server in running.items():
+            if not asyncio.run(_answers(server)):
                 last = (directory / name / "log").read_text()[-3000:]
                 raise RuntimeError(f"the server {name!r} did not start:\n{last}")
-            running[name].pin(cores.others)
+        for server in running.values():
+            server.pin(cores.others)
         yield running
 
 

@@ -113,7 +113,7 @@ def goal(reached: float, wanted: float | None) -> Row:
 
 
 def print_tables(results: Mapping[str, Any]) -> None:
-    console = Console(width=120)
+    console = Console(width=132)
     for table in (
         decode_table(results["decode"]),
         off_table(results["off"]),
@@ -126,14 +126,14 @@ def print_tables(results: Mapping[str, Any]) -> None:
 
 def decode_table(rows: Sequence[Row]) -> Table:
     table = Table(
-        *("control's forward", "control", "batch", "tok/s without", "with", "ratio", "spread"),
-        *("ceiling in series", "ratio / ceiling", "goal"),
+        *("forward", "control", "batch", "tok/s without", "with", "ratio", "spread"),
+        *("ceiling in series", "of it", "goal"),
         title="Decoding with control over without, on the same server",
     )
     for row in rows:
         speeds = (f"{row['plain']:.1f}", f"{row['controlled']:.1f}")
         ceiling = (f"{row['ceiling']:.3f}", f"{row['of_ceiling']:.3f}")
-        named = "" if row["goal"] is None else ("ratio" if row["server"] == BESIDE else "ratio / ceiling")
+        named = "" if row["goal"] is None else ("ratio" if row["server"] == BESIDE else "of ceiling")
         table.add_row(
             row["server"],
             row["control"],
