@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-_WIDTH, _HEIGHT = 720, 400
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 208, 40, 52
+_WIDTH, _HEIGHT = 780, 400
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 244, 40, 52
 _STYLE = """
 svg { --ink: #1b1f24; --faint: #6a737d; --line: #d7dce1; font: 13px system-ui, sans-serif; }
 @media (prefers-color-scheme: dark) { svg { --ink: #e4e8ec; --faint: #98a2ad; --line: #343b43; } }

@@ -178,7 +178,7 @@ def show(bins: dict[str, list[Bin]]) -> None:
         for each in found:
             cells = [getattr(each, part) for part in parts]
             table.add_row(name, f"{each.length:,}", *map(number, cells), f"{each.realigned:.1%}")
-        growth = [ratio(getattr(found[-1], part), getattr(found[0], part)) for part in parts]
+        growth = [growth_of([getattr(each, part) for each in found]) for part in parts]
         table.add_row(name, "last / first", *map(number, growth), "")
         table.add_section()
     Console(width=110).print(table)
@@ -188,8 +188,10 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def ratio(last: float | None, first: float | None) -> float | None:
-    return None if last is None or first is None else last / first
+def growth_of(values: list[float | None]) -> float | None:
+    """The last over the first of those that are known."""
+    known = [value for value in values if value is not None]
+    return known[-1] / known[0] if known else None
 
 
 def draw(bins: dict[str, list[Bin]]) -> str:

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +104,10 @@ class Server:
     def speed(self, load: Load, control: str | None = None) -> float:
         """Tokens a second while all requests decode.
 
-        The median request's pace: the first one waits between its tokens while the others' prompts are read.
+        The pace of the request that began last: the others waited between their tokens while its prompt was
+        read.
         """
-        return load.size / statistics.median(answer.step for answer in self.drive(load, control))
+        return load.size / max(self.drive(load, control), key=lambda answer: answer.first).step
 
     def first_token(self, load: Load, control: str | None = None) -> float:
         """Seconds until the median request's first token."""
@@ -126,10 +128,9 @@ class Server:
                 os.sched_setaffinity(int(task.name), cores)
 
     async def _drive(self, load: Load, control: str | None) -> list[Answer]:
-        connector = aiohttp.UnixConnector(str(self.socket), limit=load.size)
+        connector = aiohttp.UnixConnector(str(self.socket))
         async with aiohttp.ClientSession(connector=connector) as session:
-            requests = (_generate(session, prompt, load.tokens, control) for prompt in load.prompts())
-            return await asyncio.gather(*requests)
+            return await _generate(session, load, control)
 
     async def _metrics(self) -> str:
         connector = aiohttp.UnixConnector(str(self.socket))
@@ -146,14 +147,14 @@ def counter(metrics: str, name: str, control: str) -> float:
     return sum(float(value) for value in re.findall(pattern, metrics, re.MULTILINE))
 
 
-async def _generate(
-    session: aiohttp.ClientSession, prompt: list[int], tokens: int, control: str | None
-) -> Answer:
-    """One request; sampled, so that the text is not one token over and over."""
+async def _generate(session: aiohttp.ClientSession, load: Load, control: str | None) -> list[Answer]:
+    """All requests in one body, so that they reach the engine together; sampled, so that the text is not one
+    token over and over.
+    """
     body = {
         "model": "m",
-        "prompt": prompt,
-        "max_tokens": tokens,
+        "prompt": load.prompts(),
+        "max_tokens": load.tokens,
         "temperature": 1.0,
         "ignore_eos": True,
         "stream": True,
@@ -161,20 +162,19 @@ async def _generate(
         **({"vllm_xargs": {"trimtab_control": control}} if control else {}),
     }
     start = time.perf_counter()
+    times: defaultdict[int, list[float]] = defaultdict(list)
+    event: dict[str, Any] = {}
     async with session.post("http://server/v1/completions", json=body) as response:
         if response.status != 200:
             raise RuntimeError(f"status {response.status}: {await response.text()}")
-        events = [
-            (time.perf_counter(), json.loads(line[6:])) async for line in response.content if _is_json(line)
-        ]
-    times = [when for when, event in events if event.get("choices")]
-    if "error" in events[-1][1] or events[-1][1]["usage"]["completion_tokens"] != tokens:
-        raise RuntimeError(f"expected {tokens} tokens: {events[-1][1]}")
-    return Answer(times[0] - start, (times[-1] - times[0]) / max(tokens - 1, 1))
-
-
-def _is_json(line: bytes) -> bool:
-    return line.startswith(b"data: {")
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                event = json.loads(line.removeprefix(b"data: "))
+                for choice in event.get("choices", ()):
+                    times[choice["index"]].append(time.perf_counter() - start)
+    if event.get("usage", {}).get("completion_tokens") != load.size * load.tokens:
+        raise RuntimeError(f"expected {load.size} times {load.tokens} tokens: {event}")
+    return [Answer(came[0], (came[-1] - came[0]) / max(load.tokens - 1, 1)) for came in times.values()]
 
 
 @contextlib.contextmanager
