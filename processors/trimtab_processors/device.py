@@ -28,6 +28,7 @@ from trimtab_processors.model import ControlModel
 from trimtab_processors.pack import PackError
 from trimtab_processors.segments import Contexts, History, Join, Late, Segments, upload
 from trimtab_processors.settings import DEFAULT_CACHE_BYTES
+from trimtab_processors.shift import of_likeliest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -154,6 +155,8 @@ class DeviceControl:
         self._pending = np.zeros(slots, dtype=np.int64)
         """At least by how much each context has grown since it was computed."""
         self._strengths = torch.zeros(slots, dtype=torch.float32, device=target.device)
+        self._top_k, self._top_ks = np.zeros(slots, dtype=np.int64), torch.zeros_like(self._computed)
+        """How many of the target's likeliest tokens are shifted, on the host and on the device; 0: all."""
         self._counts = torch.zeros(2, dtype=torch.int64, device=target.device)
         """Rows that were shifted, and rows left alone since their shift was not finite."""
         self._late_counts, self._counted = Late(self._counts), np.zeros(2, dtype=np.int64)
@@ -177,11 +180,13 @@ class DeviceControl:
         self._joining[slot] = Join(slot, tokens, start, end, prompt, keeps_first=keeps_first)
         strength = self.control.strength if parameters.strength is None else parameters.strength
         self._strengths[slot] = strength
+        self._top_k[slot] = self._top_ks[slot] = parameters.top_k or 0
         metrics.REQUESTS.labels(*self._labels).inc(end == prompt)
 
     def close(self, slot: int) -> None:
         """Give back what the slot holds."""
         self._joining.pop(slot, None)
+        self._top_k[slot] = 0
         self._recent = [slots[slots != slot] for slots in self._recent]
         self.blocks.release(slot)
 
@@ -331,6 +336,8 @@ class DeviceControl:
         """Logits, float [n, width], with the shift where `known`, bool [n], and the shift is finite."""
         shift = self.control.routing.shift(rows) * self._strengths[places, None]
         finite = shift.isfinite().all(dim=1)
+        if most := int(self._top_k.max()):
+            shift = of_likeliest(logits, shift, self._top_ks[places], most)
         done = known & finite
         self._counts += torch.stack((done.sum(), (known & ~finite).sum()))
         return torch.where(done[:, None], logits + shift.to(logits.dtype), logits)

@@ -32,10 +32,16 @@ class Parameters(BaseModel):
     """The factor on the shift; None: the pack's own."""
     prompt: tuple[Annotated[StrictInt, Field(ge=0)], ...] | None = None
     """The control's prompt in the control's token ids; None: the text of the target's prompt."""
+    top_k: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Only so many of the target's likeliest tokens are shifted; None: all of them.
+
+    It keeps a control from lifting nonsense through a mapping that is only near (as UniTE and ULD do).
+    """
 
 
 def parse_xargs(extra_args: Mapping[str, Any] | None) -> Parameters | None:
-    """Read `trimtab_control`, `trimtab_strength` and `trimtab_prompt`; keys of others are left alone.
+    """Read `trimtab_control`, `trimtab_strength`, `trimtab_prompt` and `trimtab_top_k`; keys of others are
+    left alone.
 
     Returns:
         None where the request names no control.

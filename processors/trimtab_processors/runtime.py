@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,10 +16,10 @@ from trimtab_processors.alignment import Alignment, dropped_tokens
 from trimtab_processors.control import Control, Target
 from trimtab_processors.model import CachedSequence, ControlModel
 from trimtab_processors.settings import DEFAULT_CACHE_BYTES
-from trimtab_processors.shift import apply_shift
+from trimtab_processors.shift import add_shift, scaled
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from trimtab_processors.parameters import Parameters
@@ -39,6 +40,7 @@ class Request:
     ) -> None:
         self.control = control
         self.strength = control.strength if parameters.strength is None else parameters.strength
+        self.top_k = parameters.top_k or 0
         self.sequences = [CachedSequence() for _ in control.parts]
         self._output = output
         self._seen = 0
@@ -46,6 +48,8 @@ class Request:
         self._alignment = Alignment(control.aligner, self._prompt)
         self._dropped = 0
         self._labels = (model_name, control.name)
+        self._shifted_at = -1
+        """After how many tokens of output it was last shifted."""
 
     def advance(self) -> None:
         """Bring the control's contexts up to what the target has generated."""
@@ -76,6 +80,24 @@ class Request:
         """float32 [control vocabulary]; None where the control has no context at all."""
         return self.control.row(self.sequences) if self.sequences[0].tokens else None
 
+    def counts(self) -> bool:
+        """Whether this is the first row after these tokens: those of a half-read prompt are discarded."""
+        first = self._shifted_at != self._seen
+        self._shifted_at = self._seen
+        return first
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What a step adds to the logits of the requests under one control."""
+
+    control: Control
+    requests: Sequence[Request]
+    values: Tensor
+    """float32 [requests, width]: 0 in rows that are not finite."""
+    finite: Tensor
+    """bool [requests]."""
+
 
 class Runtime:
     """The controls of one engine, and what they compute in a step."""
@@ -103,6 +125,7 @@ class Runtime:
             name: Control(name, location, target, tables=tables, cache_bytes=cache_bytes, neutral=neutral)
             for name, location in controls.items()
         }
+        self._shifts: list[Shift] = []
 
     def open(self, parameters: Parameters, prompt: Sequence[int], output: list[int]) -> Request | None:
         """Take a request up, anew or resumed with the `output` that it has already.
@@ -113,15 +136,18 @@ class Runtime:
             output: the list to which the engine appends the tokens that it generates.
 
         Returns:
-            None where this engine has no such control: the request goes on without.
+            None where this engine has no such control, or its strength is 0: the request goes on without.
         """
         control = self._controls.get(parameters.control)
         if control is None:
             logger.error("no control %r here, a request goes on without it", parameters.control)
             metrics.UNKNOWN.labels(self._target.name).inc()
             return None
+        request = Request(control, parameters, prompt, output, self._target.name)
+        if not request.strength:
+            return None
         metrics.REQUESTS.labels(self._target.name, control.name).inc(not output)
-        return Request(control, parameters, prompt, output, self._target.name)
+        return request
 
     def close(self, request: Request) -> None:
         """Give back what the request holds."""
@@ -130,7 +156,7 @@ class Runtime:
         self._count_blocks(request.control)
 
     def step(self, requests: Sequence[Request]) -> None:
-        """Compute the rows that `requests` lack, each model once for all of them."""
+        """Compute what `apply` will add for `requests`, each model once for all of them."""
         started = time.perf_counter()
         lacking: defaultdict[ControlModel, list[CachedSequence]] = defaultdict(list)
         for request in requests:
@@ -140,25 +166,42 @@ class Runtime:
                     lacking[part.model].append(sequence)
         for model, sequences in lacking.items():
             model.run(sequences)
+        self._shifts = list(self._route(requests))
         for control in {request.control for request in requests}:
             self._count_blocks(control)
         metrics.FORWARD_SECONDS.labels(self._target.name).inc(time.perf_counter() - started)
 
-    def apply(self, logits: Tensor, requests: Mapping[int, Request]) -> None:
-        """Shift `logits`, float [rows, width], in place; `requests` by their row."""
-        started = time.perf_counter()
-        by_control: defaultdict[Control, list[tuple[int, Request, Tensor]]] = defaultdict(list)
-        for index, request in requests.items():
+    def _route(self, requests: Sequence[Request]) -> Iterator[Shift]:
+        by_control: defaultdict[Control, list[tuple[Request, Tensor]]] = defaultdict(list)
+        for request in requests:
             if (row := request.row) is not None:
-                by_control[request.control].append((index, request, row))
+                by_control[request.control].append((request, row))
         for control, members in by_control.items():
-            indices, steered, rows = zip(*members, strict=True)
-            strengths = torch.tensor([request.strength for request in steered], device=logits.device)
-            shifted = apply_shift(logits, indices, control.routing.shift(torch.stack(rows)), strengths)
-            count = int(shifted.sum())
-            metrics.TOKENS.labels(self._target.name, control.name).inc(count)
-            metrics.NON_FINITE.labels(self._target.name, control.name).inc(len(members) - count)
+            steered, rows = zip(*members, strict=True)
+            strengths = torch.tensor([request.strength for request in steered], device=self._target.device)
+            yield Shift(control, steered, *scaled(control.routing.shift(torch.stack(rows)), strengths))
+
+    def apply(self, logits: Tensor, requests: Mapping[int, Request]) -> None:
+        """Shift `logits`, float [rows, width], in place.
+
+        Args:
+            logits: those of the target.
+            requests: the requests of the last step, by their row.
+        """
+        started = time.perf_counter()
+        row_of = {request: row for row, request in requests.items()}
+        for shift in self._shifts:
+            rows = [row_of[request] for request in shift.requests]
+            add_shift(logits, rows, shift.values, [request.top_k for request in shift.requests])
+            self._count_rows(shift)
         metrics.APPLY_SECONDS.labels(self._target.name).inc(time.perf_counter() - started)
+
+    def _count_rows(self, shift: Shift) -> None:
+        finite = [
+            ok for request, ok in zip(shift.requests, shift.finite.tolist(), strict=True) if request.counts()
+        ]
+        metrics.TOKENS.labels(self._target.name, shift.control.name).inc(sum(finite))
+        metrics.NON_FINITE.labels(self._target.name, shift.control.name).inc(len(finite) - sum(finite))
 
     def _count_blocks(self, control: Control) -> None:
         used = sum(part.model.pool.used for part in control.parts)

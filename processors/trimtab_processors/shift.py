@@ -53,31 +53,63 @@ class PmMined:
         """
         routed = torch.full((width,), -1, dtype=torch.int64)
         routed[: len(mapping)] = torch.from_numpy(mapping[:width].astype(np.int64))
-        self._mapped = routed[routed >= 0].to(device)
-        self._where = torch.nonzero(routed >= 0)[:, 0].to(device)
-        self._neutral = neutral
-        self.width = width
+        mapped = routed[routed >= 0]
+        self._source = (routed + 1).to(device)
+        """int64 [width]: where each token's shift stands, behind that of the unmapped ones."""
+        self._neutral = neutral and bool(len(mapped))
+        self._weights = (torch.bincount(mapped) / max(len(mapped), 1)).float().to(device)
+        """float32 [control tokens that are used]: the weight of each in the mean over the mapped ones."""
 
     def shift(self, rows: Tensor) -> Tensor:
-        mapped = rows[:, self._mapped]
-        rest = (
-            mapped.mean(dim=1, keepdim=True)
-            if self._neutral and mapped.shape[1]
-            else rows.new_zeros(len(rows), 1)
-        )
-        return rest.expand(-1, self.width).index_copy(1, self._where, mapped)
+        if self._neutral:
+            rest = (rows[:, : len(self._weights)] @ self._weights)[:, None]
+        else:
+            rest = rows.new_zeros(len(rows), 1)
+        return torch.cat((rest, rows), dim=1).index_select(1, self._source)
 
 
-def apply_shift(logits: Tensor, rows: Sequence[int], shift: Tensor, strengths: Tensor) -> Tensor:
-    """Add `strengths[i] * shift[i]` to row `rows[i]` of `logits`, in place.
+def scaled(shift: Tensor, strengths: Tensor) -> tuple[Tensor, Tensor]:
+    """`strengths[i] * shift[i]`, and 0 for a row of which that is not finite.
 
-    -inf in the logits (a grammar's mask) stays -inf. A shift that is not finite leaves its row alone.
+    Args:
+        shift: float32 [requests, target vocabulary].
+        strengths: float32 [requests].
 
     Returns:
-        bool [requests]: which rows were shifted.
+        float32 [requests, target vocabulary], and bool [requests]: which rows are finite.
     """
-    scaled = shift * strengths[:, None]
-    finite = scaled.isfinite().all(dim=1)
-    scaled = torch.where(finite[:, None], scaled, 0.0)
-    logits.index_add_(0, torch.tensor(rows, device=logits.device), scaled.to(logits.dtype))
-    return finite
+    product = shift * strengths[:, None]
+    finite = product.sum(dim=1).isfinite()
+    return torch.where(finite[:, None], product, 0.0), finite
+
+
+def add_shift(logits: Tensor, rows: Sequence[int], shift: Tensor, most: Sequence[int]) -> None:
+    """Add `shift[i]`, float32 [requests, target vocabulary], to row `rows[i]` of `logits`, in place.
+
+    -inf in the logits (a grammar's mask) stays -inf.
+
+    Args:
+        logits: float [rows, target vocabulary].
+        rows: [requests], where each request's logits are.
+        shift: what is added.
+        most: [requests], of each request only the so many likeliest tokens are shifted; 0: all of them.
+    """
+    index = torch.tensor(rows, device=logits.device)
+    if any(most):
+        limits = torch.tensor(most, device=logits.device)
+        shift = of_likeliest(logits[index], shift, limits, max(most))
+    logits.index_add_(0, index, shift.to(logits.dtype))
+
+
+def of_likeliest(logits: Tensor, shift: Tensor, limits: Tensor, most: int) -> Tensor:
+    """`shift` with 0 for all but the likeliest tokens.
+
+    Args:
+        logits: float [n, width].
+        shift: float [n, width].
+        limits: int64 [n], of each row only so many of the likeliest tokens keep their shift; 0: all of them.
+        most: the highest of `limits`, at least.
+    """
+    best = logits.topk(min(most, logits.shape[1]), dim=1).values
+    least = best.gather(1, (limits - 1).clamp(0, best.shape[1] - 1)[:, None])
+    return torch.where((limits[:, None] == 0) | (logits >= least), shift, 0.0)

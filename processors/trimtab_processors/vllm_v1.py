@@ -7,23 +7,24 @@ its `vllm_xargs`.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from trimtab_mappings import load_vocabulary
+from trimtab_processors.admission import served_target, validate_params
 from trimtab_processors.beside import Worker
-from trimtab_processors.control import Target
-from trimtab_processors.parameters import ParametersError, parse_xargs
+from trimtab_processors.parameters import parse_xargs
 from trimtab_processors.runtime import Request, Runtime
-from trimtab_processors.settings import command_line_settings, read_settings, validate
+from trimtab_processors.settings import read_settings
 
 if TYPE_CHECKING:
     import torch
     from vllm import SamplingParams
     from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
 
 
 class ControlProcessor(LogitsProcessor):
@@ -36,12 +37,7 @@ class ControlProcessor(LogitsProcessor):
         Raises:
             VLLMValidationError: which vLLM answers with 400.
         """
-        try:
-            parameters = parse_xargs(sampling_params.extra_args)
-            if parameters and (settings := command_line_settings()):
-                validate(parameters, settings)
-        except ParametersError as error:
-            raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+        validate_params(sampling_params)
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:  # noqa: ARG002
         """Load the configured controls.
@@ -59,14 +55,8 @@ class ControlProcessor(LogitsProcessor):
             raise ValueError(
                 f"control_cpus {list(settings.control_cpus)}: only on CPUs; this engine runs on {device}"
             )
-        model = vllm_config.model_config
         self._runtime = Runtime(
-            Target(
-                _served_name(model),
-                load_vocabulary(model.tokenizer, model.tokenizer_revision),
-                model.get_vocab_size(),
-                device,
-            ),
+            served_target(vllm_config, device),
             settings.controls,
             tables=settings.tables.expanduser(),
             cache_bytes=settings.cache_bytes,
@@ -74,6 +64,12 @@ class ControlProcessor(LogitsProcessor):
         )
         self._requests: dict[int, Request] = {}
         self._worker = Worker(settings.control_cpus)
+        logger.info(
+            "trimtab: V1 model runner on %s, alignment `retokenize`, control's forward %s, controls: %s",
+            device,
+            f"beside, on cores {list(settings.control_cpus)}" if settings.control_cpus else "in series",
+            ", ".join(settings.controls) or "none",
+        )
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -119,8 +115,3 @@ class ControlProcessor(LogitsProcessor):
             self._requests[source] = replaced
         elif replaced:
             self._runtime.close(replaced)
-
-
-def _served_name(model: Any) -> str:
-    name = model.served_model_name
-    return name if isinstance(name, str) else name[0]

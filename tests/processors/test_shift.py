@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trimtab_processors.shift import PmMined, apply_shift
+from trimtab_processors.shift import PmMined, add_shift, scaled
 
 MAPPING = np.array([2, 0, -1, 1], dtype=np.int32)
 ROW = torch.tensor([[1.0, 2.0, 6.0]])
@@ -49,11 +49,18 @@ def test_the_objectives_of_training_are_one_distribution_at_inference():
     torch.testing.assert_close(normalized.softmax(dim=1), add)
 
 
+def shifted(logits, rows, shift, strengths, most=None):
+    """What a step does: scale, then add; which rows were finite."""
+    values, finite = scaled(torch.tensor(shift), torch.tensor(strengths))
+    add_shift(logits, rows, values, most or [0] * len(rows))
+    return finite.tolist()
+
+
 def test_each_row_gets_its_own_strength_and_the_others_none():
     """Rows of the batch that are not under control stay to the bit."""
     logits = torch.randn(4, 2)
     before = logits.clone()
-    apply_shift(logits, [3, 1], torch.tensor([[1.0, 2.0], [4.0, 8.0]]), torch.tensor([0.5, -1.0]))
+    assert shifted(logits, [3, 1], [[1.0, 2.0], [4.0, 8.0]], [0.5, -1.0]) == [True, True]
     torch.testing.assert_close(logits - before, torch.tensor([[0, 0], [-4.0, -8.0], [0, 0], [0.5, 1.0]]))
     assert torch.equal(logits[[0, 2]], before[[0, 2]])
 
@@ -61,7 +68,7 @@ def test_each_row_gets_its_own_strength_and_the_others_none():
 def test_a_masked_token_stays_masked():
     """Adding to -inf leaves -inf, so that structured output stays valid."""
     logits = torch.tensor([[-torch.inf, 0.0]])
-    apply_shift(logits, [0], torch.tensor([[1e30, 1.0]]), torch.tensor([10.0]))
+    shifted(logits, [0], [[1e30, 1.0]], [10.0])
     assert logits.tolist() == [[-torch.inf, 10.0]]
 
 
@@ -69,13 +76,28 @@ def test_a_masked_token_stays_masked():
 def test_a_shift_that_is_not_finite_leaves_its_row_alone(broken):
     """One broken control costs nobody their request."""
     logits = torch.ones(2, 2)
-    done = apply_shift(logits, [0, 1], torch.tensor([[broken, 1.0], [1.0, 1.0]]), torch.ones(2))
-    assert done.tolist() == [False, True]
+    assert shifted(logits, [0, 1], [[broken, 1.0], [1.0, 1.0]], [1.0, 1.0]) == [False, True]
     assert logits.tolist() == [[1.0, 1.0], [2.0, 2.0]]
 
 
 def test_a_shift_that_its_strength_makes_infinite_leaves_its_row_alone():
     """What counts is what would be added."""
     logits = torch.tensor([[-torch.inf, 0.0]])
-    assert apply_shift(logits, [0], torch.tensor([[1e38, 1.0]]), torch.tensor([10.0])).tolist() == [False]
+    assert shifted(logits, [0], [[1e38, 1.0]], [10.0]) == [False]
     assert logits.tolist() == [[-torch.inf, 0.0]]
+
+
+def test_a_guarded_row_is_shifted_only_where_the_target_is_likely():
+    """Each row has a guard of its own, or none; one that is wider than the vocabulary guards nothing."""
+    logits = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [3.0, 1.0, 2.0]])
+    shifted(logits, [2, 0, 1], [[10.0] * 3] * 3, [1.0] * 3, [1, 2, 0])
+    assert logits.tolist() == [[13.0, 1.0, 12.0], [13.0, 11.0, 12.0], [13.0, 1.0, 2.0], [3.0, 1.0, 2.0]]
+    shifted(logits, [3], [[10.0] * 3], [1.0], [4])
+    assert logits[3].tolist() == [13.0, 11.0, 12.0]
+
+
+def test_a_guard_lets_nothing_through_a_mask():
+    """Where fewer tokens are allowed than the guard lets through."""
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
+    shifted(logits, [0], [[10.0] * 3], [1.0], [2])
+    assert logits.tolist() == [[-torch.inf, 10.0, -torch.inf]]
