@@ -8,15 +8,18 @@ beginning at every token, one full forward pass of both models for every token.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import Metaspace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 SPECIALS = {"<s>", "</s>", "<pad>", "<unk>", "<|endoftext|>"}
 
 
@@ -44,9 +47,19 @@ class Model:
             if s in SPECIALS
             else bytes(alphabet[c] for c in s)
             if byte_level
+            else bytes([int(s[3:5], 16)])
+            if BYTE.fullmatch(s)
             else s.replace("▁", " ").encode()
             for s in spellings
         ]
+
+    @cached_property
+    def pieces(self) -> list[tuple[int, bytes]]:
+        """The tokens that are text and their bytes; those for single bytes, which are what a tokenizer falls
+        back to, behind the others."""
+        spellings = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
+        known = [(i, data) for i, data in enumerate(self.bytes) if data]
+        return sorted(known, key=lambda piece: bool(BYTE.fullmatch(spellings[piece[0]])))
 
     @torch.no_grad()
     def logits(self, tokens: list[int]) -> torch.Tensor:
@@ -67,14 +80,13 @@ def pm_mined(target: Model, control: Model) -> list[int]:
         target.tokenizer.pad_token_id: control.tokenizer.pad_token_id,
         target.tokenizer.unk_token_id: control.tokenizer.unk_token_id,
     }
-    candidates = [(i, data) for i, data in enumerate(control.bytes) if data]
     table = []
     for token, data in enumerate(target.bytes):
         best, least = -1, 10**9
         if data is None:
             best = by_role.get(token)
             best = -1 if best is None else best
-        for i, other in candidates if data else ():
+        for i, other in control.pieces if data else ():
             fits = data.startswith(other) or other.startswith(data)
             blank = other == b" " and data.strip(b" ")
             if fits and not blank and (d := distance(data, other)) < least:
@@ -93,10 +105,22 @@ class Step:
 class Reference:
     """One target under one control; `strength` 0 is the target alone."""
 
-    def __init__(self, target: Model, control: Model) -> None:
+    def __init__(
+        self,
+        target: Model,
+        control: Model,
+        *,
+        parts: Sequence[tuple[Model, float]] | None = None,
+        window: int = 10**9,
+    ) -> None:
         self.target, self.control = target, control
+        self.parts = parts or [(control, 1.0)]
+        self.window = window
         self.mapping = pm_mined(target, control)
-        self.spelled = {data: i for i, data in reversed(list(enumerate(control.bytes))) if data}
+        self.plain = Tokenizer.from_str(control.tokenizer.backend_tokenizer.to_str())
+        if isinstance(self.plain.pre_tokenizer, Metaspace):
+            self.plain.pre_tokenizer = Metaspace(prepend_scheme="never")  # no space that is not in the text
+        self.spelled = {data: i for i, data in reversed(control.pieces)}
 
     def tokenize(self, data: bytes) -> list[int]:
         """Text for the control: valid stretches as text, bytes that can't be text one by one, the unfinished
@@ -104,11 +128,31 @@ class Reference:
         text = data.decode("utf-8", errors="surrogateescape")
         ids: list[int] = []
         for stretch in re.findall(r"[\udc80-\udcff]|[^\udc80-\udcff]+", text):
-            raw = stretch.encode("utf-8", errors="surrogateescape")
             if "\udc80" <= stretch <= "\udcff":
-                ids.append(self.spelled[raw])
+                ids += self.spell(stretch)
+            elif self.can_spell(stretch):
+                ids += self.encode(stretch)
             else:
-                ids += self.control.tokenizer.encode(stretch, add_special_tokens=False)
+                for word in re.findall(r"\s*\S+|\s+", stretch):
+                    ids += self.encode(word) if self.can_spell(word) else self.spell(word)
+        return ids
+
+    def encode(self, text: str) -> list[int]:
+        return self.plain.encode(text, add_special_tokens=False).ids
+
+    def can_spell(self, text: str) -> bool:
+        return self.control.tokenizer.unk_token_id not in self.encode(text)
+
+    def spell(self, text: str) -> list[int]:
+        """The longest token that fits, again and again; the unknown token for a character without one."""
+        ids: list[int] = []
+        while text:
+            for end in range(len(text), 0, -1):
+                token = self.spelled.get(text[:end].encode("utf-8", errors="surrogateescape"))
+                if token is not None:
+                    break
+            ids.append(self.control.tokenizer.unk_token_id if token is None else token)
+            text = text[end:]
         return ids
 
     def contexts(self, generated: list[int]) -> Iterator[list[int]]:
@@ -136,21 +180,42 @@ class Reference:
                     run = self.tokenize(text[: len(text) - len(waiting)])
             yield done + run
 
+    def cut(self, context: list[int]) -> list[int]:
+        """What fits into the window: the first token and the most recent ones, half a window dropped at a
+        time."""
+        dropped = 0
+        while len(context) - dropped > self.window:
+            dropped += self.window // 2
+        return context[:1] + context[1 + dropped :] if dropped else context
+
     def shift(self, context: list[int]) -> torch.Tensor:
-        row = self.control.logits(context)
+        context = self.cut(context)
+        row = sum(weight * model.logits(context) for model, weight in self.parts)
         routed = torch.full((self.target.network.config.vocab_size,), -1)
         routed[: len(self.mapping)] = torch.tensor(self.mapping)
         neutral = row[routed[routed >= 0]].mean()
         return torch.where(routed >= 0, row[routed], neutral)
 
+    def logits(
+        self, prompt: list[int], own_prompt: list[int], strength: float, forced: list[int], top_k: int = 0
+    ) -> Iterator[torch.Tensor]:
+        """The controlled logits before each token of `forced`, of which only the `top_k` likeliest are
+        shifted, where it says so."""
+        for position, context in enumerate(islice(self.contexts(forced), len(forced))):
+            logits = self.target.logits(prompt + forced[:position])
+            if strength:
+                shift = strength * self.shift(own_prompt + context)
+                if top_k:
+                    likely = logits >= logits.sort(descending=True).values[top_k - 1]
+                    shift = torch.where(likely, shift, 0.0)
+                logits = logits + shift
+            yield logits
+
     def steps(
         self, prompt: list[int], own_prompt: list[int], strength: float, forced: list[int]
     ) -> Iterator[Step]:
         """For each token of `forced`, what greedy decoding would have chosen after the ones before it."""
-        for position, context in enumerate(islice(self.contexts(forced), len(forced))):
-            logits = self.target.logits(prompt + forced[:position])
-            if strength:
-                logits = logits + strength * self.shift(own_prompt + context)
+        for logits in self.logits(prompt, own_prompt, strength, forced):
             best = logits.topk(2)
             yield Step(int(best.indices[0]), float(best.values[0] - best.values[1]))
 

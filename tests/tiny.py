@@ -3,13 +3,14 @@ wild."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
     GPTNeoXConfig,
@@ -67,6 +68,24 @@ def metaspace(size: int, seed: int = 0) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<unk>", *SPECIALS], show_progress=False)
     tokenizer.train_from_iterator(sentences(2000, seed), trainer)
     return _wrap(tokenizer, unk_token="<unk>")
+
+
+def byte_fallback(size: int, seed: int = 0) -> PreTrainedTokenizerFast:
+    """As `metaspace`, with a token for every byte, for what has no token of its own."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    plain = (sentence.encode("ascii", "ignore").decode() for sentence in sentences(2000, seed))
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<unk>", *SPECIALS, *bytes_], show_progress=False
+    )
+    tokenizer.train_from_iterator(plain, trainer)
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in bytes_]
+    return _wrap(Tokenizer.from_str(json.dumps(state)), unk_token="<unk>")
 
 
 def _wrap(tokenizer: Tokenizer, **roles: str) -> PreTrainedTokenizerFast:

@@ -11,7 +11,13 @@ from typing import Any
 
 from trimtab_processors.settings import KEY as PLUGIN_KEY
 from trimtab_processors.settings import PluginSettings
-from trimtab_server.settings import API_KEYS_VARIABLE, CONTROL_PROCESSOR, ModelSettings, Settings
+from trimtab_server.settings import (
+    API_KEYS_VARIABLE,
+    CONTROL_PROCESSOR,
+    CONTROL_PROCESSORS,
+    ModelSettings,
+    Settings,
+)
 
 VLLM = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 _DEFAULT_FLAGS: Mapping[str, Any] = {
@@ -20,11 +26,12 @@ _DEFAULT_FLAGS: Mapping[str, Any] = {
     # The gateway has a log line of its own for each request.
     "disable-uvicorn-access-log": True,
 }
-_CONTROL_FLAGS: Mapping[str, Any] = {
+_CONTROL_FLAGS: Mapping[str, Mapping[str, Any]] = {
     # The plugin reads each sampled token before the next step.
-    "async-scheduling": False,
+    "v1": {"async-scheduling": False},
+    "v2": {},
 }
-_DEFAULT_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+_DEFAULT_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 PRIVATE_VLLM_KEY = "VLLM_API_KEY"
 _PRIVATE_VARIABLES = (API_KEYS_VARIABLE, PRIVATE_VLLM_KEY)
 
@@ -34,13 +41,14 @@ def worker_command(settings: Settings, name: str, socket: Path) -> list[str]:
     model = settings.models[name]
     controls = settings.controls_of(name)
     processors = _processors(model, controls)
-    defaults = {**_DEFAULT_FLAGS, **(_CONTROL_FLAGS if CONTROL_PROCESSOR in processors else {})}
+    controlled = CONTROL_PROCESSORS[model.runner] in processors
+    defaults = {**_DEFAULT_FLAGS, **(_CONTROL_FLAGS[model.runner] if controlled else {})}
     command = [*(model.command or VLLM), *_flags({**defaults, **model.args})]
     # Last, since the last of two equal flags wins, whatever abbreviation the first one is written in.
     command += ["--model", model.model, "--served-model-name", name, "--uds", str(socket)]
     if processors:
         command += ["--logits-processors", *processors]
-    if CONTROL_PROCESSOR in processors:
+    if controlled:
         plugin = model.plugin.model_copy(update={"controls": controls, "tables": settings.tables})
         command += ["--additional-config", json.dumps({PLUGIN_KEY: _given(plugin)})]
     return command
@@ -49,7 +57,11 @@ def worker_command(settings: Settings, name: str, socket: Path) -> list[str]:
 def worker_environment(model: ModelSettings, directory: Path) -> dict[str, str]:
     """The environment of a worker whose own files stand in `directory`."""
     inherited = {key: value for key, value in os.environ.items() if key not in _PRIVATE_VARIABLES}
-    own = {"PROMETHEUS_MULTIPROC_DIR": str(directory / "metrics"), "VLLM_RPC_BASE_PATH": str(directory)}
+    own = {
+        "PROMETHEUS_MULTIPROC_DIR": str(directory / "metrics"),
+        "VLLM_RPC_BASE_PATH": str(directory),
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(model.runner == "v2")),
+    }
     return {**inherited, **_DEFAULT_ENVIRONMENT, **model.env, **own}
 
 
@@ -58,8 +70,9 @@ def _given(plugin: PluginSettings) -> dict[str, Any]:
 
 
 def _processors(model: ModelSettings, controls: Mapping[str, str]) -> list[str]:
-    """The model's processors; ours only where it has something to do."""
-    return [name for name in model.processors if controls or name != CONTROL_PROCESSOR]
+    """The model's processors; ours, for its runner, only where it has something to do."""
+    chosen = [name for name in model.processors if controls or name != CONTROL_PROCESSOR]
+    return [CONTROL_PROCESSORS[model.runner] if name == CONTROL_PROCESSOR else name for name in chosen]
 
 
 def _flags(args: Mapping[str, Any]) -> Iterator[str]:

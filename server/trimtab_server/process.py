@@ -19,6 +19,16 @@ logger = logging.getLogger(__name__)
 TAIL_LINES = 50
 MAX_LOG_BYTES = 16 * 2**20
 _KILL_MARGIN_SECONDS = 5
+_MEANINGS = {
+    "Pooling models do not support custom logits processors": (
+        "this is a pooling model, which generates nothing that a control could steer: give it `controls: []`"
+    ),
+    "Custom logits processors are not supported when speculative decoding": (
+        "vLLM's V1 model runner has no speculative decoding beside a control: turn it off, give the model"
+        " `controls: []`, or set `runner: v2` on a GPU"
+    ),
+}
+"""What some of vLLM's errors mean here."""
 
 
 class Output:
@@ -31,6 +41,7 @@ class Output:
         self._file = RotatingFileHandler(path, maxBytes=MAX_LOG_BYTES, backupCount=1, encoding="utf-8")
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._begun = b""
+        self._meaning = ""
 
     @property
     def last_line(self) -> str:
@@ -39,12 +50,12 @@ class Output:
     def tail(self) -> str:
         """The last lines, for an error message."""
         lines = "\n".join(f"    {line}" for line in self._tail) or "    (it printed nothing)"
-        return f"the last lines of {self.path}:\n{lines}"
+        return f"{self._meaning}the last lines of {self.path}:\n{lines}"
 
     def begin(self, command: Sequence[str]) -> None:
         """Mark the start of a run, and forget the lines of the one before."""
         self._tail.clear()
-        self._begun = b""
+        self._begun, self._meaning = b"", ""
         self._write(f"--- {' '.join(command)}")
 
     def feed(self, data: bytes) -> None:
@@ -59,6 +70,9 @@ class Output:
 
     def _take(self, line: str) -> None:
         self._tail.append(line)
+        for said, meaning in _MEANINGS.items():
+            if said in line:
+                self._meaning = f"{meaning}; "
         self._write(line)
         if self._echo:
             logger.info("[%s] %s", self._name, line)

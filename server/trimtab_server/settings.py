@@ -24,7 +24,14 @@ from pydantic import (
 from trimtab_processors.pack import ControlName
 from trimtab_processors.settings import DEFAULT_TABLES, PluginSettings
 
-CONTROL_PROCESSOR = "trimtab_processors.vllm_v1:ControlProcessor"
+Runner = Literal["v1", "v2"]
+CONTROL_PROCESSORS: Mapping[Runner, str] = {
+    "v1": "trimtab_processors.vllm_v1:ControlProcessor",
+    "v2": "trimtab_processors.vllm_v2:ControlProcessor",
+}
+"""The plugin for each of vLLM's model runners."""
+CONTROL_PROCESSOR = CONTROL_PROCESSORS["v1"]
+"""Its name in a model's list of processors, whatever the runner."""
 API_KEYS_VARIABLE = "TRIMTAB_API_KEYS"
 RESERVED_FLAGS = frozenset(
     {
@@ -138,6 +145,9 @@ class ModelSettings(_Section):
     """Flags for vLLM, by their own names."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of the worker, beside those of the gateway."""
+    runner: Runner = "v1"
+    """vLLM's model runner: v1 aligns a control's text exactly, on the host; v2 (GPUs only) keeps asynchronous
+    scheduling and speculative decoding, with alignment by segments."""
     processors: tuple[ProcessorName, ...] = (CONTROL_PROCESSOR,)
     """Logits processors, in the order in which they apply."""
     default_control: ControlName | None = None
@@ -174,6 +184,13 @@ class Settings(_Section):
             _require_known(f"models.{name}.controls", model.controls or (), self.controls)
             default = () if model.default_control is None else (model.default_control,)
             _require_known(f"models.{name}.default_control", default, self.controls_of(name))
+        return self
+
+    @model_validator(mode="after")
+    def _controls_can_run(self) -> Self:
+        for name, model in self.models.items():
+            if CONTROL_PROCESSOR in model.processors and self.controls_of(name):
+                _require_generation(name, model)
         return self
 
     def controls_of(self, model: str) -> dict[str, str]:
@@ -255,6 +272,22 @@ def _require_known(place: str, names: tuple[str, ...], known: Mapping[str, str])
     for name in names:
         if name not in known:
             raise ValueError(f"{place}: no control {name!r}; there is: {', '.join(sorted(known)) or 'none'}")
+
+
+def _require_generation(name: str, model: ModelSettings) -> None:
+    """Refuse what vLLM can't do beside custom logits processors, before it says so in its own words."""
+    for flag, value in model.args.items():
+        place = f"models.{name}.args.{flag}"
+        if flag.startswith("spec") and model.runner == "v1":
+            raise ValueError(
+                f"{place}: vLLM's V1 model runner has no speculative decoding beside a control; leave the"
+                " flag out, give this model `controls: []`, or set `runner: v2` on a GPU"
+            )
+        if (flag, value) == ("runner", "pooling") or (flag == "convert" and value not in ("none", "auto")):
+            raise ValueError(
+                f"{place}: a pooling model generates nothing that a control could steer; give this model"
+                " `controls: []`"
+            )
 
 
 def _read_keys(path: Path) -> set[str]:

@@ -138,7 +138,11 @@ class Worker:
     async def _wait_until_healthy(self, process: WorkerProcess) -> bool:
         """Returns False where its processes end first."""
         started = reported = time.monotonic()
-        logger.info("model %s: starting, its output goes to %s", self.name, self._output.path)
+        runner = self._settings.models[self.name].runner.upper()
+        logger.info(
+            "model %s: starting on vLLM's %s model runner, its output goes to %s",
+            *(self.name, runner, self._output.path),
+        )
         while process.running:
             if await self.upstream.probe(_HEALTH) is not None:
                 logger.info("model %s: ready after %.0f s", self.name, time.monotonic() - started)

@@ -65,6 +65,13 @@ def test_processors_stand_in_the_order_that_is_configured(command):
     assert words[at + 1 : at + 3] == ["a.b:C", CONTROL_PROCESSOR]
 
 
+def test_the_v2_model_runner_has_a_plugin_of_its_own_and_keeps_asynchronous_scheduling(command):
+    words = command(controls={"c": "org/c"}, runner="v2")
+    assert value_of(words, "--logits-processors") == "trimtab_processors.vllm_v2:ControlProcessor"
+    assert json.loads(value_of(words, "--additional-config"))["trimtab"]["controls"] == {"c": "org/c"}
+    assert "--no-async-scheduling" not in words
+
+
 def test_others_processors_need_no_control(command):
     assert value_of(command(processors=["a.b:C"]), "--logits-processors") == "a.b:C"
 
@@ -112,4 +119,6 @@ def test_the_environment_is_the_gateways_with_the_models_own_and_without_its_key
     assert (made["HF_HOME"], made["OWN"]) == ("/models", "x")
     assert (made["VLLM_NO_USAGE_STATS"], made["DO_NOT_TRACK"]) == ("0", "1")
     assert made["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    on_v2 = settings.models["m"].model_copy(update={"runner": "v2"})
+    assert worker_environment(on_v2, Path("/run/0"))["VLLM_USE_V2_MODEL_RUNNER"] == "1"
     assert (made["PROMETHEUS_MULTIPROC_DIR"], made["VLLM_RPC_BASE_PATH"]) == ("/run/0/metrics", "/run/0")

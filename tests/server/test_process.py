@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from vllm.v1.sample.logits_processor import STR_POOLING_REJECTS_LOGITSPROCS, STR_SPEC_DEC_REJECTS_LOGITSPROCS
 
 from trimtab_server.process import TAIL_LINES, Output
 
@@ -28,6 +29,21 @@ def test_the_tail_has_the_last_lines_and_says_where_the_rest_is(output):
     assert tail.count("\n") == TAIL_LINES
     assert tail.endswith("line 99")
     assert f"line {99 - TAIL_LINES}\n" not in tail
+
+
+@pytest.mark.parametrize(
+    ("line", "meaning"),
+    [
+        (STR_POOLING_REJECTS_LOGITSPROCS, "this is a pooling model"),
+        (STR_SPEC_DEC_REJECTS_LOGITSPROCS, "no speculative decoding beside a control"),
+    ],
+)
+def test_an_error_of_vllms_that_a_control_brings_is_said_in_words_of_ours(output, line, meaning):
+    """However far above the last lines it stands; the words are those of the vLLM that is installed."""
+    output.feed(f"ValueError: {line}\n".encode() + b"more\n" * 100)
+    assert meaning in output.tail()
+    output.begin(["vllm"])
+    assert meaning not in output.tail()
 
 
 def test_a_new_run_begins_with_its_command_and_an_empty_tail(output):

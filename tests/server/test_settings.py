@@ -32,6 +32,27 @@ def test_a_model_is_all_that_is_needed_and_nobody_else_can_reach_it(write_config
     assert settings.max_body_bytes == 32 * 1024 * 1024
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"speculative_config": {"method": "ngram"}}, "models.m.args.speculative-config: vLLM's V1 model"),
+        ({"spec-method": "ngram"}, "models.m.args.spec-method: vLLM's V1 model runner has no speculative"),
+        ({"runner": "pooling"}, "models.m.args.runner: a pooling model generates nothing"),
+        ({"convert": "embed"}, "models.m.args.convert: a pooling model generates nothing"),
+    ],
+)
+def test_what_can_not_run_beside_a_control_is_refused_at_start(refusal, write_config, args, said):
+    model = {"model": "org/name", "args": args}
+    assert refusal({"models": {"m": model}, "controls": {"c": "org/c"}}).startswith(said)
+    without = {"models": {"m": {**model, "controls": []}}, "controls": {"c": "org/c"}}
+    assert load_settings(write_config(without)).controls_of("m") == {}
+
+
+def test_the_v2_model_runner_decodes_speculatively(write_config):
+    model = {"model": "org/name", "runner": "v2", "args": {"spec-method": "ngram"}}
+    assert load_settings(write_config({"models": {"m": model}, "controls": {"c": "org/c"}}))
+
+
 def test_relative_paths_start_at_the_file(write_config, tmp_path):
     (tmp_path / "models" / "m").mkdir(parents=True)
     (tmp_path / "packs").mkdir()

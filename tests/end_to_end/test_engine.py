@@ -1,0 +1,526 @@
+"""The plugin in a stock vLLM server, whatever its scheduler and its sampler do, against the slow reference.
+
+The engine is starved: blocks for a few requests only, so that it preempts, and a budget of few tokens a step,
+so that it reads prompts in pieces. Prefix caching is on. Three controls with tokenizers of their own, and a
+pack of an expert and an anti-expert, are served at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from openai import AsyncOpenAI, BadRequestError, OpenAI
+
+import tiny
+from engines import Engine, engine
+from reference import Model, Reference
+from tiny import sentences
+from trimtab_processors.pack import Component, Pack
+
+pytestmark = pytest.mark.engine
+
+BLOCK, BLOCKS, BUDGET, MOST = 32, 20, 48, 16
+ARGS = (
+    *("--max-model-len", str(tiny.CONTEXT), "--block-size", str(BLOCK), "--max-num-seqs", str(MOST)),
+    *("--num-gpu-blocks-override", str(BLOCKS), "--max-num-batched-tokens", str(BUDGET)),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
+)
+WINDOW = 64
+CLOSE = 2e-3
+"""Logprobs of the engine and of the reference agree within this."""
+TIE = 1e-4
+
+
+@dataclass(frozen=True)
+class World:
+    """A target, and controls of every kind beside it."""
+
+    target: Path
+    controls: dict[str, Path]
+    references: dict[str, Reference]
+
+    @property
+    def model(self) -> Model:
+        return self.references["other"].target
+
+
+@pytest.fixture(scope="module")
+def world(family, tmp_path_factory):
+    """`other` cuts otherwise than the target, `chars` has no bytes and a short window, `bytes` falls back to
+    bytes, `pair` is an expert and an anti-expert."""
+    root = tmp_path_factory.mktemp("world")
+    places = {name: root / name for name in ("chars", "bytes", "pair", "anti")}
+    chars, fallback = tiny.metaspace(500, seed=5), tiny.byte_fallback(560, seed=6)
+    short = tiny.llama(len(chars), width=64)
+    short.max_position_embeddings = WINDOW
+    tiny.save(places["chars"], chars, short, seed=7)
+    tiny.save(places["bytes"], fallback, tiny.llama(len(fallback), width=64), seed=8)
+    own = Model(family.b).tokenizer
+    tiny.save(places["pair"], own, tiny.llama(len(own), width=64), seed=9)
+    tiny.save(places["anti"], own, tiny.llama(len(own), width=64, layers=1), seed=10)
+    components = (Component(weight=1.5), Component(model=str(places["anti"]), weight=-0.5))
+    Pack(name="pair", components=components).save(places["pair"])
+    places["other"] = family.control
+    target, models = Model(family.b), {name: Model(place) for name, place in places.items()}
+    references = {
+        "other": Reference(target, models["other"]),
+        "chars": Reference(target, models["chars"], window=WINDOW),
+        "bytes": Reference(target, models["bytes"]),
+        "pair": Reference(target, models["pair"], parts=[(models["pair"], 1.5), (models["anti"], -0.5)]),
+    }
+    return World(family.b, {name: places[name] for name in references}, references)
+
+
+@pytest.fixture(scope="module")
+def server(world, tmp_path_factory):
+    """The starved engine with the plugin."""
+    directory = tmp_path_factory.mktemp("engine")
+    plugin = {
+        "controls": {name: str(place) for name, place in world.controls.items()},
+        "tables": str(directory),
+    }
+    with engine(world.target, directory, *ARGS, plugin=plugin) as running:
+        yield running
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request to complete a prompt of token ids."""
+
+    prompt: list[int]
+    control: str | None = None
+    strength: float = 1.0
+    own: list[int] | None = None
+    """The control's prompt."""
+    top_k: int = 0
+    tokens: int = 24
+    body: dict[str, Any] = field(default_factory=dict)
+    """Sampling parameters; greedy where it has no temperature."""
+
+    def request(self) -> dict[str, Any]:
+        xargs: dict[str, Any] = {}
+        if self.control:
+            xargs = {"trimtab_control": self.control, "trimtab_strength": self.strength}
+            xargs |= {"trimtab_prompt": self.own} if self.own else {}
+            xargs |= {"trimtab_top_k": self.top_k} if self.top_k else {}
+        extra = {"return_token_ids": True, "return_tokens_as_token_ids": True, "vllm_xargs": xargs}
+        sampling = {"temperature": 0.0, **self.body}
+        known = {"temperature", "n", "seed", "stop", "logit_bias", "presence_penalty", "frequency_penalty"}
+        return {
+            "model": "m",
+            "prompt": self.prompt,
+            "max_tokens": self.tokens,
+            "logprobs": 5,
+            **{key: value for key, value in sampling.items() if key in known},
+            "extra_body": extra | {key: value for key, value in sampling.items() if key not in known},
+        }
+
+
+def client(server: Engine) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def complete(server: Engine, ask: Ask) -> list[Any]:
+    with client(server) as api:
+        return api.completions.create(**ask.request()).choices
+
+
+def complete_all(server: Engine, asks: list[Ask]) -> list[Any]:
+    """All at once; the first choice of each."""
+
+    async def run() -> list[Any]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as api:
+            answers = await asyncio.gather(*(api.completions.create(**ask.request()) for ask in asks))
+            return [answer.choices[0] for answer in answers]
+
+    return asyncio.run(run())
+
+
+def prompts(world: World, count: int, seed: int = 0) -> list[list[int]]:
+    return [world.model.tokenizer.encode(text) for text in sentences(count, seed=seed)]
+
+
+def long_prompt(world: World, length: int) -> list[int]:
+    return world.model.tokenizer.encode(" ".join(sentences(40, seed=2)))[:length]
+
+
+def own_prompt(world: World, control: str, text: str = "Bo said to me:") -> list[int]:
+    return world.references[control].control.tokenizer.encode(text)
+
+
+def ask_for(world: World, control: str, prompt: list[int], **options: Any) -> Ask:
+    return Ask(prompt, control, own=own_prompt(world, control), **options)
+
+
+def expected_logits(world: World, ask: Ask, output: list[int]) -> list[torch.Tensor]:
+    if ask.control is None:
+        return [world.model.logits(ask.prompt + output[:position]) for position in range(len(output))]
+    reference = world.references[ask.control]
+    return list(reference.logits(ask.prompt, ask.own, ask.strength, output, ask.top_k))
+
+
+def check(world: World, ask: Ask, choice: Any, adjust: Any = lambda logits, output: logits) -> int:
+    """Each logprob is that of the reference, and a greedy token its best, but for ties.
+
+    `adjust` does to the reference's logits, given the output so far, what the request asked the sampler for.
+    """
+    output = choice.token_ids
+    expected = expected_logits(world, ask, output)
+    for position, logits in enumerate(expected):
+        logprobs = adjust(logits.clone(), output[:position]).log_softmax(dim=0)
+        top = choice.logprobs.top_logprobs[position]
+        given = {int(name.removeprefix("token_id:")): value for name, value in top.items()}
+        for token, value in given.items():
+            assert value == pytest.approx(max(float(logprobs[token]), -9999.0), abs=CLOSE)
+        if not ask.body.get("temperature"):
+            assert float(logprobs.max() - logprobs[output[position]]) <= TIE
+    return len(output)
+
+
+CONTROLS = ("other", "chars", "bytes", "pair")
+
+
+def test_requests_that_join_and_leave_are_preempted_and_share_a_step_with_other_controls(world, server):
+    """Twenty-four at once for an engine with room for a few, under four controls and none."""
+    before = server.metric("vllm:num_preemptions_total")
+    asks = []
+    for number, prompt in enumerate(prompts(world, 24, seed=1)):
+        control = (*CONTROLS, None)[number % 5]
+        options = {"tokens": 20 + 3 * number, "body": {"ignore_eos": True}}
+        strength = (1.0, -1.0, 0.5)[number % 3]
+        asks.append(
+            ask_for(world, control, prompt, strength=strength, **options)
+            if control
+            else Ask(prompt, **options)
+        )
+    choices = complete_all(server, asks)
+    assert server.metric("vllm:num_preemptions_total") > before
+    assert sum(check(world, ask, choice) for ask, choice in zip(asks, choices, strict=True)) > 1000
+
+
+def test_a_prompt_that_is_read_in_pieces_is_counted_once(world, server):
+    """As many shifted rows as tokens, though the rows of a half-read prompt reach the processor too."""
+    long = long_prompt(world, 4 * BUDGET)
+    ask = ask_for(world, "other", long, tokens=12, body={"ignore_eos": True})
+    before = server.metric("trimtab_controlled_tokens_total", control="other")
+    check(world, ask, *complete(server, ask))
+    assert server.metric("trimtab_controlled_tokens_total", control="other") - before == 12
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_prefix_that_is_cached_changes_nothing(world, server, control):
+    """The same prompt twice, with other controls: only the target's keys and values are shared."""
+    prompt = long_prompt(world, 3 * BLOCK + 5)
+    ask = ask_for(world, control, prompt, tokens=8)
+    complete(server, ask)
+    before = server.metric("vllm:prefix_cache_hits_total")
+    check(world, ask, *complete(server, ask))
+    assert server.metric("vllm:prefix_cache_hits_total") > before
+
+
+def test_every_choice_of_several_is_controlled(world, server):
+    """`n` = 4, sampled, from one prompt."""
+    ask = ask_for(world, "other", prompts(world, 1)[0], body={"n": 4, "seed": 5, "temperature": 1.0})
+    choices = complete(server, ask)
+    assert len({tuple(choice.token_ids) for choice in choices}) == 4
+    for choice in choices:
+        check(world, ask, choice)
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(world, server):
+    """Whoever else is in the batch."""
+    asks = [
+        ask_for(world, CONTROLS[i % 4], prompt, body={"seed": i, "temperature": 1.0})
+        for i, prompt in enumerate(prompts(world, 8, seed=4))
+    ]
+    alone = [complete(server, ask)[0].token_ids for ask in asks]
+    assert [choice.token_ids for choice in complete_all(server, asks)] == alone
+
+
+def penalized(prompt: list[int], *, presence: float = 0, frequency: float = 0, repetition: float = 1) -> Any:
+    """As vLLM defines penalties: repetition over prompt and output, the others over the output."""
+
+    def adjust(logits: torch.Tensor, output: list[int]) -> torch.Tensor:
+        seen = torch.tensor(sorted({*prompt, *output}))
+        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / repetition, logits[seen] * repetition)
+        counts = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=len(logits))
+        return logits - frequency * counts - presence * (counts > 0)
+
+    return adjust
+
+
+@pytest.mark.parametrize("control", ["other", "bytes"])
+@pytest.mark.parametrize(
+    "penalties", [{"presence": 1.5}, {"frequency": 0.8}, {"repetition": 1.4}], ids=lambda p: next(iter(p))
+)
+def test_penalties_act_on_the_controlled_distribution(world, server, control, penalties):
+    """After the shift, as in every vLLM."""
+    ((name, value),) = penalties.items()
+    ask = ask_for(world, control, prompts(world, 1, seed=5)[0], body={f"{name}_penalty": value})
+    check(world, ask, *complete(server, ask), penalized(ask.prompt, **penalties))
+
+
+def test_temperature_scales_the_controlled_distribution(world, server):
+    """Target and shift alike."""
+    body = {"temperature": 0.6, "seed": 1}
+    ask = ask_for(world, "other", prompts(world, 1, seed=6)[0], body=body)
+    check(world, ask, *complete(server, ask), lambda logits, _: logits / 0.6)
+
+
+def test_a_logit_bias_is_added_to_the_shift(world, server):
+    """The two are sums."""
+    ask = ask_for(world, "pair", prompts(world, 1, seed=7)[0], body={"logit_bias": {"300": 6.0, "301": -6.0}})
+
+    def biased(logits: torch.Tensor, _: list[int]) -> torch.Tensor:
+        logits[300] += 6.0
+        logits[301] -= 6.0
+        return logits
+
+    check(world, ask, *complete(server, ask), biased)
+
+
+def masked(ids: list[int], until: int = 10**9) -> Any:
+    def adjust(logits: torch.Tensor, output: list[int]) -> torch.Tensor:
+        if len(output) < until:
+            logits[ids] = -torch.inf
+        return logits
+
+    return adjust
+
+
+def test_an_answer_ends_no_sooner_than_it_may(world, server):
+    """`min_tokens`, with an end that the bias makes likely."""
+    eos = world.model.tokenizer.eos_token_id
+    ask = ask_for(
+        world, "other", prompts(world, 1, seed=8)[0], body={"min_tokens": 9, "logit_bias": {str(eos): 40.0}}
+    )
+
+    def adjust(logits: torch.Tensor, output: list[int]) -> torch.Tensor:
+        logits[eos] += 40.0
+        return masked([eos], until=9)(logits, output)
+
+    (choice,) = complete(server, ask)
+    assert len(choice.token_ids) == 10
+    check(world, ask, choice, adjust)
+
+
+def test_a_bad_word_is_never_said(world, server):
+    """However much the control wants it."""
+    ask = ask_for(world, "other", prompts(world, 1, seed=9)[0])
+    (choice,) = complete(server, ask)
+    tokenizer = world.model.tokenizer
+    texts = {token: tokenizer.decode([token]) for token in choice.token_ids}
+    word = next(t for i, t in texts.items() if t.strip().isalpha() and tokenizer.encode(t.strip()) == [i])
+    (without,) = complete(server, ask_for(world, "other", ask.prompt, body={"bad_words": [word.strip()]}))
+    bad = [
+        ids[0] for ids in (tokenizer.encode(w) for w in (word.strip(), " " + word.strip())) if len(ids) == 1
+    ]
+    assert without.token_ids != choice.token_ids
+    assert not {*bad} & {*without.token_ids}
+    check(world, ask, without, masked(bad))
+
+
+def test_an_answer_ends_before_its_stop_string(world, server):
+    """And the control sees what comes before it."""
+    ask = ask_for(world, "other", prompts(world, 1, seed=10)[0], tokens=40, body={"ignore_eos": True})
+    (whole,) = complete(server, ask)
+    ascii_ = [i for i, c in enumerate(whole.text) if i > 20 and c.isascii() and c.isalpha()]
+    stop = whole.text[ascii_[0]]
+    (short,) = complete(server, ask_for(world, "other", ask.prompt, tokens=40, body={"stop": [stop]}))
+    assert short.finish_reason == "stop"
+    assert short.text == whole.text[: whole.text.index(stop)]
+    assert short.token_ids == whole.token_ids[: len(short.token_ids)]
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 50])
+def test_a_guard_shifts_only_what_the_target_finds_likely(world, server, top_k):
+    """The rest of the distribution stays the target's."""
+    ask = ask_for(world, "chars", prompts(world, 1, seed=11)[0], strength=2.0, top_k=top_k, tokens=12)
+    check(world, ask, *complete(server, ask))
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_text_that_splits_characters_and_has_special_tokens_reaches_the_control_whole(world, server, control):
+    """Emoji, Chinese, combining marks, bytes that are no text, ends of turn: sampled from nothing else."""
+    tokenizer = world.model.tokenizer
+    pieces = {i for text in ("🙂", "語", "e\u0301", "ü", " a") for i in tokenizer.encode(text)}
+    pieces |= {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    pieces |= {token for token, data in enumerate(world.model.bytes) if data and data[0] >= 0x80}
+    allowed = sorted(pieces)[:60]
+    body = {"allowed_token_ids": allowed, "ignore_eos": True, "temperature": 1.0, "seed": 3}
+    ask = ask_for(world, control, prompts(world, 1, seed=12)[0], tokens=70, body=body)
+    (choice,) = complete(server, ask)
+    assert {tokenizer.eos_token_id, tokenizer.bos_token_id} & {*choice.token_ids}
+    assert sum(not _is_text(world.model.bytes[token]) for token in choice.token_ids) > 10
+    others = sorted({*range(world.model.network.config.vocab_size)} - {*allowed})
+    check(world, ask, choice, masked(others))
+
+
+def _is_text(data: bytes | None) -> bool:
+    try:
+        return bool((data or b"").decode()) or data is None
+    except UnicodeDecodeError:
+        return False
+
+
+def test_a_context_past_the_window_keeps_its_beginning_and_its_end(world, server):
+    """A control with a window of 64 steers an answer of 150 tokens, and says that it forgot."""
+    before = server.metric("trimtab_context_truncations_total", control="chars")
+    ask = ask_for(world, "chars", prompts(world, 1, seed=13)[0], tokens=150, body={"ignore_eos": True})
+    check(world, ask, *complete(server, ask))
+    assert server.metric("trimtab_context_truncations_total", control="chars") > before
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_without_a_prompt_of_its_own_a_control_reads_the_text_of_the_targets(world, server, control):
+    """As without the gateway."""
+    prompt = prompts(world, 1, seed=14)[0]
+    ask = Ask(prompt, control, tokens=12)
+    own = world.references[control].control.tokenizer.encode(world.model.tokenizer.decode(prompt))
+    check(world, Ask(prompt, control, own=own, tokens=12), *complete(server, ask))
+
+
+def test_a_prompt_of_one_special_token_is_no_text_for_the_control(world, server):
+    """The control begins with its own beginning of a text."""
+    prompt = [world.model.tokenizer.bos_token_id]
+    ask = Ask(prompt, "other", tokens=12)
+    own = [world.references["other"].control.tokenizer.bos_token_id]
+    check(world, Ask(prompt, "other", own=own, tokens=12), *complete(server, ask))
+
+
+def test_an_abort_in_mid_stream_gives_every_block_back(world, server):
+    """As soon as the client is gone, whatever else runs."""
+    ask = ask_for(world, "other", prompts(world, 1, seed=15)[0], tokens=200, body={"ignore_eos": True})
+    with client(server) as api, api.completions.create(**ask.request(), stream=True) as stream:
+        for _, chunk in zip(range(3), stream, strict=False):
+            assert chunk.choices
+    deadline = time.monotonic() + 10
+    while (used := server.metric("trimtab_blocks_in_use")) and time.monotonic() < deadline:
+        complete(server, Ask(ask.prompt, tokens=2))  # an idle engine takes no step
+    assert used == 0
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["ship", "boat"]},
+        "sails": {"enum": [1, 2, 3]},
+        "fast": {"type": "boolean"},
+    },
+    "required": ["kind", "sails", "fast"],
+    "additionalProperties": False,
+}
+
+
+def is_valid(text: str) -> bool:
+    value = json.loads(text)
+    return (
+        [*value] == ["kind", "sails", "fast"]
+        and value["kind"] in ("ship", "boat")
+        and value["sails"] in (1, 2, 3)
+        and isinstance(value["fast"], bool)
+    )
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("strength", [5.0, -5.0])
+def test_structured_output_stays_valid_at_any_strength(world, server, control, strength):
+    """The grammar's mask wins over the shift."""
+    schema = {"name": "vessel", "schema": SCHEMA}
+    with client(server) as api:
+        answer = api.chat.completions.create(
+            model="m",
+            messages=[{"role": "user", "content": "Which vessel?"}],
+            max_tokens=100,
+            temperature=1.0,
+            seed=0,
+            response_format={"type": "json_schema", "json_schema": schema},
+            extra_body={"vllm_xargs": {"trimtab_control": control, "trimtab_strength": strength}},
+        )
+    assert is_valid(answer.choices[0].message.content)
+
+
+def test_a_tool_is_called_with_valid_arguments(world, server):
+    """Under control, at strength 5."""
+    tool = {"type": "function", "function": {"name": "launch", "parameters": SCHEMA}}
+    with client(server) as api:
+        answer = api.chat.completions.create(
+            model="m",
+            messages=[{"role": "user", "content": "Launch it"}],
+            max_tokens=100,
+            temperature=0,
+            tools=[tool],
+            tool_choice={"type": "function", "function": {"name": "launch"}},
+            extra_body={"vllm_xargs": {"trimtab_control": "other", "trimtab_strength": 5.0}},
+        )
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "launch"
+    assert is_valid(call.function.arguments)
+
+
+def test_a_wrong_request_is_a_400_and_costs_nobody_else_theirs(world, server):
+    """Each with the key and the value that was wrong."""
+    prompt = prompts(world, 1)[0]
+    for xargs, said in (
+        ({"trimtab_control": "nobody"}, "no control 'nobody' here, there is: "),
+        ({"trimtab_control": "other", "trimtab_strength": 11}, "trimtab_strength"),
+        ({"trimtab_control": "other", "trimtab_top_k": 0}, "trimtab_top_k"),
+        ({"trimtab_control": "other", "trimtab_prompt": [600]}, "token 600 is not below the 600"),
+    ):
+        with client(server) as api, pytest.raises(BadRequestError, match=said):
+            api.completions.create(model="m", prompt=prompt, extra_body={"vllm_xargs": xargs})
+    check(world, ask := ask_for(world, "other", prompt), *complete(server, ask))
+
+
+def test_off_and_strength_zero_are_to_the_bit_those_of_a_server_without_the_plugin(
+    world, server, tmp_path_factory
+):
+    """Tokens and logprobs, greedy and sampled; and an empty prompt is answered alike."""
+    bodies = [{"seed": i, "temperature": t} for i, t in enumerate((0.0, 0.7, 1.0, 1.0))]
+    asked = list(zip(prompts(world, len(bodies), seed=16), bodies, strict=True))
+    with engine(world.target, tmp_path_factory.mktemp("plain"), *ARGS) as plain:
+        for prompt, body in asked:
+            expected = dump(complete(plain, Ask(prompt, body=body)))
+            assert dump(complete(server, Ask(prompt, body=body))) == expected
+            assert (
+                dump(complete(server, ask_for(world, "other", prompt, strength=0.0, body=body))) == expected
+            )
+        assert answer_to_nothing(plain) == answer_to_nothing(server)
+
+
+def dump(choices: list[Any]) -> list[tuple[Any, ...]]:
+    return [(c.token_ids, c.text, c.logprobs.token_logprobs, c.logprobs.top_logprobs) for c in choices]
+
+
+def answer_to_nothing(server: Engine) -> str:
+    """What becomes of an empty prompt, whether that is text or an error."""
+    with client(server) as api:
+        try:
+            return api.completions.create(model="m", prompt="", max_tokens=4, temperature=0).choices[0].text
+        except BadRequestError as error:
+            return str(error)
+
+
+def test_every_rank_of_two_shifts_alike(world, tmp_path_factory):
+    """Tensor parallel size 2: what comes out is what one rank gives."""
+    directory = tmp_path_factory.mktemp("parallel")
+    plugin = {
+        "controls": {name: str(place) for name, place in world.controls.items()},
+        "tables": str(directory),
+    }
+    args = ("--tensor-parallel-size", "2", "--max-model-len", str(tiny.CONTEXT))
+    with engine(world.target, directory, *args, plugin=plugin, cores="0|1") as server:
+        asks = [
+            ask_for(world, CONTROLS[i % 4], prompt, tokens=16)
+            for i, prompt in enumerate(prompts(world, 6, seed=17))
+        ]
+        for ask, choice in zip(asks, complete_all(server, asks), strict=True):
+            check(world, ask, choice)
