@@ -181,12 +181,13 @@ class Reference:
             yield done + run
 
     def cut(self, context: list[int]) -> list[int]:
-        """What fits into the window: the first token and the most recent ones, half a window dropped at a
-        time."""
+        """What fits into the window: the beginning of a text, where there is one, and the most recent tokens,
+        half a window dropped at a time."""
         dropped = 0
         while len(context) - dropped > self.window:
             dropped += self.window // 2
-        return context[:1] + context[1 + dropped :] if dropped else context
+        kept = int(context[:1] == [self.control.tokenizer.bos_token_id])
+        return context[:kept] + context[kept + dropped :]
 
     def shift(self, context: list[int]) -> torch.Tensor:
         context = self.cut(context)
