@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PREFIX = "trimtab_"
+TopK = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 
 
 class ParametersError(ValueError):
@@ -32,7 +33,7 @@ class Parameters(BaseModel):
     """The factor on the shift; None: the pack's own."""
     prompt: tuple[Annotated[StrictInt, Field(ge=0)], ...] | None = None
     """The control's prompt in the control's token ids; None: the text of the target's prompt."""
-    top_k: Annotated[StrictInt, Field(ge=1)] | None = None
+    top_k: TopK | None = None
     """Only so many of the target's likeliest tokens are shifted; None: all of them.
 
     It keeps a control from lifting nonsense through a mapping that is only near (as UniTE and ULD do).

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trimtab_mappings import VocabularyError
 from trimtab_processors.pack import Pack, PackError, Strength, load_pack
-from trimtab_processors.parameters import PREFIX, Parameters, to_xargs
+from trimtab_processors.parameters import PREFIX, Parameters, TopK, to_xargs
 from trimtab_server.errors import BadRequestError
 from trimtab_server.prompts import Prompter, load_prompter
 from trimtab_server.settings import Settings, SettingsError
@@ -19,6 +19,7 @@ from trimtab_server.settings import Settings, SettingsError
 FIELD = "control"
 XARGS = "vllm_xargs"
 OFF = "off"
+BEAM_SEARCH = "use_beam_search"
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,12 @@ class Choice:
 
     control: Control
     strength: float
+    top_k: int | None = None
+    """Only so many of the target's likeliest tokens are shifted; None: all of them."""
 
     def __str__(self) -> str:
-        return f"{self.control.name}={self.strength!r}"
+        guard = "" if self.top_k is None else f";top_k={self.top_k}"
+        return f"{self.control.name}={self.strength!r}{guard}"
 
     async def xargs(self, chat: Mapping[str, Any] | None) -> dict[str, Any]:
         """What the plugin is told; `chat` is the body of a chat request, for a prompt of the control's own.
@@ -50,7 +54,8 @@ class Choice:
         prompter = self.control.prompter
         ids = None if chat is None or prompter is None else await asyncio.to_thread(prompter.encode, chat)
         prompt = None if ids is None else tuple(ids)
-        return to_xargs(Parameters(control=self.control.name, strength=self.strength, prompt=prompt))
+        name = self.control.name
+        return to_xargs(Parameters(control=name, strength=self.strength, prompt=prompt, top_k=self.top_k))
 
 
 class Selection(BaseModel):
@@ -60,6 +65,7 @@ class Selection(BaseModel):
 
     name: str
     strength: Strength | None = None
+    top_k: TopK | None = None
 
 
 class Catalogue:
@@ -90,7 +96,8 @@ class Catalogue:
                 code="control_not_found",
             )
         control = self._controls[selection.name]
-        return Choice(control, control.pack.strength if selection.strength is None else selection.strength)
+        strength = control.pack.strength if selection.strength is None else selection.strength
+        return Choice(control, strength, selection.top_k)
 
     def describe(self) -> list[dict[str, Any]]:
         """What `/v1/controls` lists."""
@@ -120,7 +127,8 @@ class Catalogue:
             case dict():
                 return _selection(wanted)
         raise BadRequestError(
-            f"control is true, false, a name, or an object with name and strength; got {str(wanted)[:80]}",
+            f"control is true, false, a name, or an object with name, strength and top_k; got"
+            f" {str(wanted)[:80]}",
             param=FIELD,
         )
 
@@ -160,6 +168,18 @@ def refuse_own_xargs(body: Mapping[str, Any]) -> None:
         if key.startswith(PREFIX):
             message = f"vllm_xargs.{key[:80]} is the gateway's own: use the field `control` instead"
             raise BadRequestError(message, param=f"{XARGS}.{key[:80]}")
+
+
+def refuse_beam_search(body: Mapping[str, Any]) -> None:
+    """Keep a control from being left out in silence: vLLM's beam search passes by its logits processors.
+
+    Raises:
+        BadRequestError: the body asks for beam search.
+    """
+    if body.get(BEAM_SEARCH):
+        raise BadRequestError(
+            "beam search can't be controlled: send `control: false` with it", param=BEAM_SEARCH
+        )
 
 
 def _load(name: str, place: str) -> Control:

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from trimtab_server.body import is_json, parse_object, read_body, require_json
-from trimtab_server.controls import FIELD, OFF, XARGS, Catalogue, refuse_own_xargs
+from trimtab_server.controls import FIELD, OFF, XARGS, Catalogue, refuse_beam_search, refuse_own_xargs
 from trimtab_server.errors import BadRequestError, UnauthorizedError, UnknownModelError, WorkerTimeoutError
 from trimtab_server.exchange import exchange_of
 from trimtab_server.metrics import Metrics
@@ -149,6 +149,8 @@ async def generate(request: Request, here: Here) -> Response:
     refuse_own_xargs(payload)
     has_field, wanted = FIELD in payload, payload.pop(FIELD, None)
     choice = here.catalogue.choose(worker.name, wanted)
+    if choice is not None:
+        refuse_beam_search(payload)
     worker.require_ready()
     if choice is not None:
         own = await choice.xargs(payload if request.scope["path"] == CHAT else None)

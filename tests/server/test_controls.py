@@ -56,6 +56,20 @@ def test_every_form_of_the_field_is_applied_said_and_taken_out(two_models, wante
     assert applied == ("off" if parameters is None else f"{parameters.control}={parameters.strength}")
 
 
+def test_a_guard_reaches_the_plugin_and_is_said(two_models):
+    response = two_models.chat(model="steered", control={"name": "one", "top_k": 50})
+    assert response.headers[HEADER] == "one=0.5;top_k=50"
+    assert told(two_models, "steered").top_k == 50
+
+
+@pytest.mark.parametrize("wanted", [{}, {"control": "one"}])
+def test_beam_search_which_no_control_reaches_is_refused_under_one(two_models, wanted):
+    body = {"model": "steered", "messages": [], "use_beam_search": True}
+    response = two_models.post(json.dumps({**body, **wanted}).encode())
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "use_beam_search")
+    assert two_models.post(json.dumps({**body, "control": False}).encode()).status_code == 200
+
+
 def test_true_means_the_only_control_where_there_is_no_default(start, pack):
     gateway = start(controls={"only": str(pack)})
     assert gateway.chat(model="m", control=True).headers[HEADER] == "only=0.5"
@@ -74,7 +88,8 @@ def test_true_means_the_only_control_where_there_is_no_default(start, pack):
         ({"strength": 1}, "control.name", "Field required"),
         ({"name": None}, "control.name", "valid string"),
         ({"name": "two"}, "control", "no control 'two'"),
-        ({"name": "one", "top_k": 50}, "control.top_k", "unknown key; a control has: name, strength"),
+        ({"name": "one", "top_k": 0}, "control.top_k", "greater than or equal to 1, got 0"),
+        ({"name": "one", "topk": 5}, "control.topk", "unknown key; a control has: name, strength, top_k"),
         ({"name": "one", "strength": 10.01}, "control.strength", "less than or equal to 10"),
         ({"name": "one", "strength": -11}, "control.strength", "greater than or equal to -10"),
         ({"name": "one", "strength": "1"}, "control.strength", "valid number"),
