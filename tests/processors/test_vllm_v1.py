@@ -6,92 +6,28 @@ import json
 import os
 import random
 import sys
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
-from vllm.v1.sample.logits_processor import BatchUpdateBuilder, MoveDirectionality
 
+from batch import Batch, Job, configuration
 from reference import Model, Reference
 from tiny import sentences
 from trimtab_processors.settings import command_line_settings
 from trimtab_processors.vllm_v1 import ControlProcessor
 
 
-def configuration(family, name, tables, *, control_cpus=(), **overrides):
-    """As much of a VllmConfig as the adapter reads."""
-    plugin = {
-        "controls": {"control": str(family.control)},
-        "tables": str(tables),
-        "control_cpus": list(control_cpus),
-    }
-    model = SimpleNamespace(
-        served_model_name=name,
-        tokenizer=str(family.targets[name]),
-        tokenizer_revision=None,
-        get_vocab_size=lambda: Model(family.targets[name]).network.config.vocab_size,
-    )
-    base = {
-        "scheduler_config": SimpleNamespace(async_scheduling=False),
-        "additional_config": {"trimtab": plugin},
-        "model_config": model,
-    }
-    return SimpleNamespace(**(base | overrides))
-
-
-@dataclass(eq=False)
-class Job:
-    prompt: list[int]
-    strength: float | None
-    output: list[int]
-
-    @property
-    def params(self):
-        xargs = {"trimtab_control": "control", "trimtab_strength": self.strength}
-        return SamplingParams(extra_args=xargs if self.strength is not None else None)
-
-
-class Batch:
-    """A persistent batch that changes as vLLM's does: new rows take freed places, then gaps are closed."""
-
-    def __init__(self, processor) -> None:
-        self.processor = processor
-        self.rows: list[Job | None] = []
-        self.builder = BatchUpdateBuilder()
-
-    def change(self, leaving: list[Job], joining: list[Job]) -> None:
-        for job in leaving:
-            index = self.rows.index(job)
-            self.rows[index] = None
-            self.builder.removed_append(index)
-        for job in joining:
-            index = self.builder.pop_removed()
-            if index is None:
-                index = len(self.rows)
-                self.rows.append(None)
-            self.rows[index] = job
-            self.builder.added.append((index, job.params, job.prompt, job.output))
-        while None in self.rows:
-            gap, last = self.rows.index(None), len(self.rows) - 1
-            if self.rows[last] is not None:
-                self.rows[gap] = self.rows[last]
-                self.builder.moved.append((last, gap, MoveDirectionality.UNIDIRECTIONAL))
-            self.rows.pop()
-
-    def swap(self, i: int, j: int) -> None:
-        self.rows[i], self.rows[j] = self.rows[j], self.rows[i]
-        self.builder.moved.append((i, j, MoveDirectionality.SWAP))
-
-    def step(self, model) -> None:
-        self.processor.update_state(self.builder.get_and_reset(len(self.rows)))
-        if not self.rows:
-            return
-        logits = torch.stack([model.logits(job.prompt + job.output) for job in self.rows])
-        for job, token in zip(self.rows, self.processor.apply(logits).argmax(dim=1).tolist(), strict=True):
-            job.output.append(token)
+def decode(batch: Batch, model: Model) -> None:
+    """A step of the engine: every row's likeliest token."""
+    batch.update()
+    if not batch.rows:
+        return
+    logits = torch.stack([model.logits(job.prompt + job.output) for job in batch.rows])
+    for job, token in zip(batch.rows, batch.processor.apply(logits).argmax(dim=1).tolist(), strict=True):
+        job.output.append(token)
 
 
 @pytest.mark.parametrize("control_cpus", [(), (max(os.sched_getaffinity(0)),)], ids=["before", "beside"])
@@ -113,7 +49,7 @@ def test_rows_follow_their_requests_through_every_change_of_the_batch(family, tm
         preempted += victims
         if len(batch.rows) > 1 and rng.random() < 0.3:
             batch.swap(*rng.sample(range(len(batch.rows)), 2))
-        batch.step(target)
+        decode(batch, target)
     for job in jobs:
         text = processor._runtime._controls["control"].aligner.prompt_text(job.prompt)
         own = reference.control.tokenizer.encode(text)
