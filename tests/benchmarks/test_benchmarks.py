@@ -10,8 +10,10 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from miniature import miniature
 from reference import Model, Reference
 from trimtab_mappings import build_table, load_encoder, load_vocabulary
+from trimtab_training.world import make_world
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -88,3 +90,23 @@ def test_growth_measures_both_tokenizers_and_draws_a_plot(tmp_path):
     drawing = ET.fromstring(plot.read_text(encoding="utf-8"))  # noqa: S314 - our own
     lines = [line.get("points").split() for line in drawing.iter("{http://www.w3.org/2000/svg}polyline")]
     assert [len(points) for points in lines] == [2, 2, 2, 2, 2]
+
+
+def test_alignments_compares_segments_with_retokenize_on_a_small_world_and_on_prose(tmp_path):
+    world = make_world(tmp_path / "world", 5, settings=miniature(), jobs=1)
+    text = tmp_path / "text.txt"
+    text.write_text("the cats sat on the mats, and the dogs did not sit\n" * 20, encoding="utf-8")
+    prose = ("--training", text, "--text", text, "--steps", 2, "--pieces", 2)
+    pairs = ("byte-level-270:byte-level-270", "byte-level-270:word-piece-60")
+    options = [argument for pair in pairs for argument in ("--pair", pair)]
+    found = last_line("alignments.py", "--world", world.directory, *prose, *options)
+    a, b, c = found["world"]
+    assert a["departure"] | {"steps": 0} == {"steps": 0, "kl_mean": 0, "kl_p99": 0, "same_choice": 1}
+    assert a["same_answers"] == a["same_tokens"] == 1
+    assert a["other_contexts"] == 0
+    assert all(0 <= each["same_tokens"] <= 1 and each["departure"]["steps"] > 0 for each in (b, c))
+    equal, unlike = found["prose"]
+    assert equal["other_tokens"] == equal["everywhere"]["kl_mean"] == equal["where_other"]["steps"] == 0
+    assert 0 < unlike["other_tokens"] <= 1
+    assert 0 < unlike["where_other"]["steps"] < unlike["everywhere"]["steps"]
+    assert 0 < unlike["everywhere"]["kl_mean"] < unlike["everywhere"]["kl_p99"]
