@@ -31,7 +31,7 @@ class Engine:
     url: str
 
     def metric(self, name: str, **labels: str) -> float:
-        """The sum of a metric's samples that have these labels."""
+        """The sum of a metric's samples that have these labels; 0 before the first of them."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
             families = text_string_to_metric_families(response.read().decode())
         return sum(

@@ -28,7 +28,7 @@ class Worker:
         Raises:
             ValueError: there are no such cores, or this process may not use them.
         """
-        # torch keeps one number for all threads, which each takes over at its first use of it: the caller now
+        # torch keeps one number for all threads, which each takes over at its first use of it: both now
         threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="trimtab") if cpus else None
         self._pending: Future[None] | None = None
@@ -56,4 +56,5 @@ class Worker:
 
 def _settle_on(cpus: Collection[int]) -> None:
     os.sched_setaffinity(0, cpus)  # 0: this thread
+    torch.get_num_threads()
     torch.set_num_threads(len(cpus))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from trimtab_processors.parameters import Parameters
+
 
 @dataclass(frozen=True)
 class Target:
@@ -82,6 +84,10 @@ class Control:
         self.routing: Routing = PmMined(table.mapping, target.width, neutral=neutral, device=target.device)
         self.max_context = min(part.model.max_context for part in self.parts)
         self._beginning = [*vocabulary.roles.get("bos", ()), *vocabulary.roles.get("eos", ())]
+
+    def strength_of(self, parameters: Parameters) -> float:
+        """The factor on the shift that a request gets: its own, or the pack's."""
+        return self.strength if parameters.strength is None else parameters.strength
 
     def prompt(self, target_prompt: Sequence[int], own: Sequence[int] | None) -> list[int]:
         """The control's prompt: `own` where a client has rendered it, else the text of the target's prompt.

@@ -178,8 +178,7 @@ class DeviceControl:
         tokens = self.control.prompt((), own)
         start, keeps_first = prompt if usable else 0, self.control.keeps_first(tokens)
         self._joining[slot] = Join(slot, tokens, start, end, prompt, keeps_first=keeps_first)
-        strength = self.control.strength if parameters.strength is None else parameters.strength
-        self._strengths[slot] = strength
+        self._strengths[slot] = self.control.strength_of(parameters)
         self._top_k[slot] = self._top_ks[slot] = parameters.top_k or 0
         metrics.REQUESTS.labels(*self._labels).inc(end == prompt)
 
@@ -318,10 +317,9 @@ class DeviceControl:
             if rows:
                 picked = np.flatnonzero(np.isin(rows.slots, ready if rows is ahead else late))
                 pick, row = upload(np.stack((picked, row_of[rows.slots[picked]])), self._device)
-                shifted = self._shifted(
-                    logits[row], rows.logits[pick, 0], rows.places[pick], rows.known[pick]
+                logits[row] = self._shifted(
+                    logits[row], rows.logits[pick, 0], rows.slots[picked], rows.places[pick], rows.known[pick]
                 )
-                logits[row] = shifted
 
     def _apply_drafts(self, logits: Tensor, batch: Batch, rows: Rows) -> None:
         place_of = torch.full((len(self._pending),), -1, device=self._device)
@@ -330,13 +328,18 @@ class DeviceControl:
         pick = owner.clamp(min=0)
         own = rows.logits[pick, batch.row_offsets.long()]
         known = rows.known[pick] & (owner >= 0)
-        logits.copy_(self._shifted(logits, own, rows.places[pick], known))
+        logits.copy_(self._shifted(logits, own, rows.slots, rows.places[pick], known))
 
-    def _shifted(self, logits: Tensor, rows: Tensor, places: Tensor, known: Tensor) -> Tensor:
-        """Logits, float [n, width], with the shift where `known`, bool [n], and the shift is finite."""
+    def _shifted(
+        self, logits: Tensor, rows: Tensor, slots: NDArray[np.int64], places: Tensor, known: Tensor
+    ) -> Tensor:
+        """Logits, float [n, width], with the shift where `known`, bool [n], and the shift is finite.
+
+        `places` is the slot of each row, `slots` all of them on the host.
+        """
         shift = self.control.routing.shift(rows) * self._strengths[places, None]
         finite = shift.isfinite().all(dim=1)
-        if most := int(self._top_k.max()):
+        if most := int(self._top_k[slots].max()):
             shift = of_likeliest(logits, shift, self._top_ks[places], most)
         done = known & finite
         self._counts += torch.stack((done.sum(), (known & ~finite).sum()))
@@ -438,7 +441,8 @@ class DeviceRuntime:
             end: how many its history has: more than that, where it is resumed.
 
         Returns:
-            Whether it is under control; it goes on without where this engine has no such control.
+            Whether it is under control; it goes on without where this engine has no such control, or at
+            strength 0.
         """
         if (number := self._control_of[slot]) >= 0:
             self._controls[number].close(slot)
@@ -449,8 +453,12 @@ class DeviceRuntime:
             logger.error("no control %r here, a request goes on without it", parameters.control)
             metrics.UNKNOWN.labels(self._target.name).inc()
             return False
-        self._control_of[slot] = self._numbers[parameters.control]
-        self._controls[self._control_of[slot]].open(slot, parameters, prompt, end)
+        number = self._numbers[parameters.control]
+        control = self._controls[number]
+        if not control.control.strength_of(parameters):
+            return False
+        self._control_of[slot] = number
+        control.open(slot, parameters, prompt, end)
         return True
 
     @torch.inference_mode()

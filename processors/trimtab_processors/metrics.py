@@ -32,7 +32,9 @@ FORWARD_SECONDS = Counter(
     "trimtab_control_forward_seconds", "Time spent in the forward passes of controls.", ("model_name",)
 )
 APPLY_SECONDS = Counter(
-    "trimtab_apply_seconds", "Time that applying shifts held up the engine's step.", ("model_name",)
+    "trimtab_apply_seconds",
+    "Time that waiting for shifts and applying them held up the engine's step.",
+    ("model_name",),
 )
 BLOCKS = Gauge(
     "trimtab_blocks_in_use",

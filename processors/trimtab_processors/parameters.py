@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PREFIX = "trimtab_"
-TopK = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
+MAX_TOP_K = 1024
+TopK = Annotated[StrictInt, Field(ge=1, le=MAX_TOP_K)]
 
 
 class ParametersError(ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ class Request:
         model_name: str,
     ) -> None:
         self.control = control
-        self.strength = control.strength if parameters.strength is None else parameters.strength
+        self.strength = control.strength_of(parameters)
         self.top_k = parameters.top_k or 0
         self.sequences = [CachedSequence() for _ in control.parts]
         self._output = output
@@ -143,11 +144,10 @@ class Runtime:
             logger.error("no control %r here, a request goes on without it", parameters.control)
             metrics.UNKNOWN.labels(self._target.name).inc()
             return None
-        request = Request(control, parameters, prompt, output, self._target.name)
-        if not request.strength:
+        if not control.strength_of(parameters):
             return None
         metrics.REQUESTS.labels(self._target.name, control.name).inc(not output)
-        return request
+        return Request(control, parameters, prompt, output, self._target.name)
 
     def close(self, request: Request) -> None:
         """Give back what the request holds."""
@@ -188,12 +188,17 @@ class Runtime:
             logits: those of the target.
             requests: the requests of the last step, by their row.
         """
-        started = time.perf_counter()
         row_of = {request: row for row, request in requests.items()}
         for shift in self._shifts:
             rows = [row_of[request] for request in shift.requests]
             add_shift(logits, rows, shift.values, [request.top_k for request in shift.requests])
             self._count_rows(shift)
+
+    @contextmanager
+    def holding_up(self) -> Iterator[None]:
+        """Count the time within as time for which the engine's step was held up."""
+        started = time.perf_counter()
+        yield
         metrics.APPLY_SECONDS.labels(self._target.name).inc(time.perf_counter() - started)
 
     def _count_rows(self, shift: Shift) -> None:

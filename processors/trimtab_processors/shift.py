@@ -57,12 +57,15 @@ class PmMined:
         self._source = (routed + 1).to(device)
         """int64 [width]: where each token's shift stands, behind that of the unmapped ones."""
         self._neutral = neutral and bool(len(mapped))
-        self._weights = (torch.bincount(mapped) / max(len(mapped), 1)).float().to(device)
-        """float32 [control tokens that are used]: the weight of each in the mean over the mapped ones."""
+        counts = torch.bincount(mapped)
+        self._used = counts.nonzero()[:, 0].to(device)
+        """int64 [n]: the control tokens that some target token is mapped to."""
+        self._weights = (counts[counts > 0] / max(len(mapped), 1)).float().to(device)
+        """float32 [n]: the weight of each in the mean over the mapped tokens."""
 
     def shift(self, rows: Tensor) -> Tensor:
         if self._neutral:
-            rest = (rows[:, : len(self._weights)] @ self._weights)[:, None]
+            rest = (rows.index_select(1, self._used) @ self._weights)[:, None]
         else:
             rest = rows.new_zeros(len(rows), 1)
         return torch.cat((rest, rows), dim=1).index_select(1, self._source)
@@ -95,9 +98,12 @@ def add_shift(logits: Tensor, rows: Sequence[int], shift: Tensor, most: Sequence
         most: [requests], of each request only the so many likeliest tokens are shifted; 0: all of them.
     """
     index = torch.tensor(rows, device=logits.device)
-    if any(most):
-        limits = torch.tensor(most, device=logits.device)
-        shift = of_likeliest(logits[index], shift, limits, max(most))
+    guarded = [place for place, limit in enumerate(most) if limit]
+    if guarded:
+        limits = torch.tensor([most[place] for place in guarded], device=logits.device)
+        own = logits[index[guarded]]
+        shift = shift.clone()
+        shift[guarded] = of_likeliest(own, shift[guarded], limits, max(most))
     logits.index_add_(0, index, shift.to(logits.dtype))
 
 

@@ -91,9 +91,10 @@ class ControlProcessor(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Shift float32 [requests, vocabulary] in place."""
-        self._worker.wait()
-        if self._requests:
-            self._runtime.apply(logits, self._requests)
+        with self._runtime.holding_up():
+            self._worker.wait()
+            if self._requests:
+                self._runtime.apply(logits, self._requests)
         return logits
 
     def _open(self, index: int, params: SamplingParams, prompt: list[int] | None, output: list[int]) -> None:

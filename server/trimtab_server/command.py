@@ -15,6 +15,7 @@ from trimtab_server.settings import (
     API_KEYS_VARIABLE,
     CONTROL_PROCESSOR,
     CONTROL_PROCESSORS,
+    RUNNER_VARIABLE,
     ModelSettings,
     Settings,
 )
@@ -60,7 +61,7 @@ def worker_environment(model: ModelSettings, directory: Path) -> dict[str, str]:
     own = {
         "PROMETHEUS_MULTIPROC_DIR": str(directory / "metrics"),
         "VLLM_RPC_BASE_PATH": str(directory),
-        "VLLM_USE_V2_MODEL_RUNNER": str(int(model.runner == "v2")),
+        RUNNER_VARIABLE: str(int(model.runner == "v2")),
     }
     return {**inherited, **_DEFAULT_ENVIRONMENT, **model.env, **own}
 

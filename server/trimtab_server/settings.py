@@ -32,6 +32,7 @@ CONTROL_PROCESSORS: Mapping[Runner, str] = {
 """The plugin for each of vLLM's model runners."""
 CONTROL_PROCESSOR = CONTROL_PROCESSORS["v1"]
 """Its name in a model's list of processors, whatever the runner."""
+RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 API_KEYS_VARIABLE = "TRIMTAB_API_KEYS"
 RESERVED_FLAGS = frozenset(
     {
@@ -79,6 +80,20 @@ def _given(value: Any) -> Any:
     return value
 
 
+def _environment(variables: dict[str, str]) -> dict[str, str]:
+    if RUNNER_VARIABLE in variables:
+        raise ValueError(f"{RUNNER_VARIABLE} is set by the model's `runner`: v1 or v2")
+    return variables
+
+
+def _processor(name: str) -> str:
+    if name == CONTROL_PROCESSORS["v2"]:
+        raise ValueError(
+            f"write {CONTROL_PROCESSOR!r} and set `runner: v2`, which puts the right one in its place"
+        )
+    return name
+
+
 def _own_options(plugin: PluginSettings) -> PluginSettings:
     if placed := plugin.model_fields_set & {"controls", "tables"}:
         raise ValueError(f"{', '.join(sorted(placed))} stand at the top of the configuration, not here")
@@ -93,7 +108,7 @@ ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/@-]{0,127}$"
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 FlagName = Annotated[str, AfterValidator(_flag)]
 FlagValue = Annotated[bool | int | float | str | list[Any] | dict[str, Any], BeforeValidator(_given)]
-ProcessorName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*:\w+$")]
+ProcessorName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*:\w+$"), AfterValidator(_processor)]
 
 
 class _Section(BaseModel):
@@ -143,7 +158,7 @@ class ModelSettings(_Section):
     model: Location
     args: dict[FlagName, FlagValue] = Field(default_factory=dict)
     """Flags for vLLM, by their own names."""
-    env: dict[str, str] = Field(default_factory=dict)
+    env: Annotated[dict[str, str], AfterValidator(_environment)] = Field(default_factory=dict)
     """Environment variables of the worker, beside those of the gateway."""
     runner: Runner = "v1"
     """vLLM's model runner: v1 aligns a control's text exactly, on the host; v2 (GPUs only) keeps asynchronous

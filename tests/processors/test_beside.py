@@ -6,6 +6,7 @@ import os
 import threading
 
 import pytest
+import torch
 
 from trimtab_processors.beside import Worker
 
@@ -20,10 +21,21 @@ def test_without_cores_of_its_own_work_is_done_at_once_by_the_caller():
 
 def test_with_cores_it_runs_there_and_the_caller_stays_where_it_is():
     before, seen = os.sched_getaffinity(0), []
-    worker = Worker([CPU])
-    worker.start(lambda: seen.append((threading.current_thread(), os.sched_getaffinity(0))))
-    worker.wait()
-    ((thread, cpus),) = seen
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        worker = Worker([CPU])
+        worker.start(
+            lambda: seen.append(
+                (threading.current_thread(), os.sched_getaffinity(0), torch.get_num_threads())
+            )
+        )
+        worker.wait()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    ((thread, cpus, own_threads),) = seen
+    assert own_threads == 1
     assert thread is not threading.current_thread()
     assert cpus == {CPU}
     assert os.sched_getaffinity(0) == before

@@ -16,7 +16,7 @@ from batch import Batch, Job, configuration
 from reference import Model, Reference, unfinished
 from tiny import CONTEXT
 from trimtab_processors.model import CachedSequence
-from trimtab_processors.parameters import Parameters
+from trimtab_processors.parameters import MAX_TOP_K, Parameters
 from trimtab_processors.vllm_v1 import ControlProcessor
 
 STEPS = 12
@@ -121,7 +121,7 @@ def jobs(draw, steered):
         strength=draw(st.sampled_from(STRENGTHS)),
         output=draw(steered.generated(3)),
         own=draw(st.sampled_from([None, own, own])),
-        top_k=draw(st.sampled_from([None, None, 1, 20, 5000])),
+        top_k=draw(st.sampled_from([None, None, 1, 20, MAX_TOP_K])),
     )
 
 

@@ -32,6 +32,12 @@ def test_nothing_mapped_shifts_nothing():
     assert PmMined(np.array([-1, -1], dtype=np.int32), width=2).shift(ROW).tolist() == [[0.0, 0.0]]
 
 
+def test_a_control_token_that_nothing_is_mapped_to_may_be_anything():
+    """A control may forbid tokens of its own; the mean is over the mapped ones."""
+    row = torch.tensor([[1.0, -torch.inf, 3.0]])
+    assert PmMined(np.array([0, 2, -1], dtype=np.int32), width=3).shift(row).tolist() == [[1.0, 3.0, 2.0]]
+
+
 def test_the_arbitrary_constant_of_a_shift_does_not_show():
     """Training cannot see a constant on the control's logits; neither can the controlled distribution."""
     logits, routing = torch.randn(1, 5), PmMined(MAPPING, width=5)

@@ -34,7 +34,7 @@ def jobs(target, controls, count, seed=0):
                 "trimtab_strength": rng.choice([0.5, -1.0]),
             }
             if rng.random() < 0.3:
-                xargs["trimtab_top_k"] = rng.choice([1, 7, 5000])
+                xargs["trimtab_top_k"] = rng.choice([1, 7, 1024])
             if rng.random() < 0.5:
                 xargs["trimtab_prompt"] = [rng.randrange(3, 500) for _ in range(rng.randint(1, 30))]
         prompt = [target.tokenizer.bos_token_id] * (number % 2) + target.tokenizer.encode(text)

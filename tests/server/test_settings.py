@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trimtab_server.settings import CONTROL_PROCESSOR, SettingsError, load_settings
+from trimtab_server.settings import CONTROL_PROCESSOR, CONTROL_PROCESSORS, SettingsError, load_settings
 
 ONE = {"m": {"model": "org/name"}}
 
@@ -46,6 +46,17 @@ def test_what_can_not_run_beside_a_control_is_refused_at_start(refusal, write_co
     assert refusal({"models": {"m": model}, "controls": {"c": "org/c"}}).startswith(said)
     without = {"models": {"m": {**model, "controls": []}}, "controls": {"c": "org/c"}}
     assert load_settings(write_config(without)).controls_of("m") == {}
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"env": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}, "models.m.env: VLLM_USE_V2_MODEL_RUNNER is set by"),
+        ({"processors": [CONTROL_PROCESSORS["v2"]]}, f"models.m.processors.0: write {CONTROL_PROCESSOR!r}"),
+    ],
+)
+def test_there_is_one_way_to_choose_the_model_runner(refusal, model, said):
+    assert refusal({"models": {"m": {"model": "org/name", **model}}}).startswith(said)
 
 
 def test_the_v2_model_runner_decodes_speculatively(write_config):
