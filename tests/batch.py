@@ -30,6 +30,7 @@ def configuration(family: Family, name: str, tables: Path, *, control_cpus=(), *
     )
     base = {
         "scheduler_config": SimpleNamespace(async_scheduling=False),
+        "parallel_config": SimpleNamespace(rank=0, tensor_parallel_size=1),
         "additional_config": {"trimtab": plugin},
         "model_config": model,
     }

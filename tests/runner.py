@@ -34,6 +34,7 @@ def configuration(directory, controls, tables, *, drafts=0, **plugin):
     own = {"controls": {name: str(place) for name, place in controls.items()}, "tables": str(tables)}
     return SimpleNamespace(
         additional_config={"trimtab": own | plugin},
+        parallel_config=SimpleNamespace(rank=0, tensor_parallel_size=1),
         model_config=SimpleNamespace(
             served_model_name=["target"],
             tokenizer=str(directory),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vllm.exceptions import VLLMValidationError
 
 from trimtab_mappings import load_vocabulary
+from trimtab_processors import metrics
 from trimtab_processors.control import Target
 from trimtab_processors.parameters import ParametersError, parse_xargs
 from trimtab_processors.settings import command_line_settings, validate
@@ -41,3 +42,10 @@ def served_target(vllm_config: VllmConfig, device: torch.device) -> Target:
         model.get_vocab_size(),
         device,
     )
+
+
+def count_on_one_rank(vllm_config: VllmConfig) -> None:
+    """Let the first of the ranks that shift the same logits count for all of them."""
+    parallel = vllm_config.parallel_config
+    if parallel.rank % parallel.tensor_parallel_size:
+        metrics.silence()

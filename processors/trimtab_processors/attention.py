@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from trimtab_processors.cache import BLOCK_SIZE
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -73,6 +75,12 @@ class KeyValues:
             other.layer(index, keys, values)
         return other
 
+    def clear(self, slots: Tensor) -> None:
+        """Forget what stands in `slots`, int64 [n]: masked or not, a NaN reaches whoever attends to it."""
+        for pair in self._layers.values():
+            for tensor in pair:
+                tensor.index_fill_(0, slots, 0)
+
     @property
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for pair in self._layers.values() for t in pair)
@@ -86,6 +94,11 @@ class Step:
     slots: Tensor
     """int64 [tokens]: where each new token's key and value go."""
     groups: Sequence[Group]
+
+
+def slots_of(blocks: Tensor) -> Tensor:
+    """The slots of blocks, int64 [..., n] to [..., n * block size]."""
+    return (blocks[..., None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=blocks.device)).flatten(-2)
 
 
 def ragged_attention(

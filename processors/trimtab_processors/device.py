@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trimtab_processors import metrics
-from trimtab_processors.attention import Group, KeyValues, Step
+from trimtab_processors.attention import Group, KeyValues, Step, slots_of
 from trimtab_processors.cache import BLOCK_SIZE, BlockPool, blocks_for
 from trimtab_processors.control import Control, Target
 from trimtab_processors.model import ControlModel
@@ -89,6 +89,8 @@ class Blocks:
         """The slots that hold blocks, the one that has not run for longest first."""
         self.empty = np.ones(slots, dtype=np.bool_)
         """Of which slots nothing is computed."""
+        self.taken: list[int] = []
+        """The blocks that were taken since somebody last cleared them."""
 
     def release(self, slot: int) -> None:
         """Take the slot's blocks; what was computed of it is lost."""
@@ -106,7 +108,9 @@ class Blocks:
         if self.pool.free < missing and not self._evict(missing, {*wave, slot}):
             return False
         start = self._held[slot]
-        self.table[slot, start : start + missing] = self.pool.take(missing)
+        taken = self.pool.take(missing)
+        self.taken += taken
+        self.table[slot, start : start + missing] = taken
         self._held[slot] += missing
         self._owners.pop(slot, None)
         self._owners[slot] = None
@@ -264,6 +268,7 @@ class DeviceControl:
         return new.bit_length(), blocks.bit_length()
 
     def _run(self, wave: list[int], drafts: Tensor | None, extra: int) -> Rows:
+        self._clear_taken()
         slots = np.array(wave, dtype=np.int64)
         places, empty = upload(np.stack((slots, self.blocks.empty[slots])), self._device)
         length = self.contexts.length[places]
@@ -280,6 +285,13 @@ class DeviceControl:
         self._computed[places] = length
         self._pending[slots], self.blocks.empty[slots] = 0, False
         return Rows(slots, places, torch.stack(logits).sum(dim=0), length > 0)
+
+    def _clear_taken(self) -> None:
+        if self.blocks.taken:
+            slots = slots_of(upload(np.array(self.blocks.taken, dtype=np.int64), self._device))
+            self.blocks.taken.clear()
+            for cache in self._caches:
+                cache.clear(slots)
 
     def _groups(self, wave: list[int], extra: int) -> Iterator[tuple[list[int], int, int]]:
         """Which slots of `wave` are attended together, for how many new tokens and over how many blocks."""
@@ -373,8 +385,7 @@ class _Layout:
         positions = first + torch.arange(new, device=self._device)
         fresh = positions < ends[:, -1:]
         positions = torch.where(fresh, positions, 0)
-        slots = blocks[:, :, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=self._device)
-        slots = slots.flatten(1)
+        slots = slots_of(blocks)
         index = torch.arange(self._length, self._length + fresh.numel(), device=self._device).view_as(fresh)
         self._groups.append(Group(index, positions, slots))
         tokens = self._contexts[self._places[members, None], positions]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from trimtab_processors.attention import NAME, Group, KeyValues, Step
+from trimtab_processors.attention import NAME, Group, KeyValues, Step, slots_of
 from trimtab_processors.cache import BLOCK_SIZE, BlockPool, blocks_for
 from trimtab_processors.pack import PackError
 
@@ -98,7 +98,7 @@ class ControlModel:
         self._probed = self._cache
         block_bytes = self._probed.bytes // 2
         blocks = max(cache_bytes // block_bytes, blocks_for(self.max_context))
-        self._cache, self.pool = KeyValues(blocks * BLOCK_SIZE), BlockPool(blocks)
+        self._cache, self.pool = self.key_values(blocks), BlockPool(blocks)
 
     def key_values(self, blocks: int) -> KeyValues:
         """Keys and values of `blocks` blocks, for a caller that lays its batches out itself."""
@@ -191,7 +191,10 @@ class ControlModel:
         missing = count - len(sequence.blocks)
         if self.pool.free < missing and not self._evict(missing, {*wave, sequence}):
             return False
-        sequence.blocks += self.pool.take(missing)
+        if missing:
+            taken = self.pool.take(missing)
+            self._cache.clear(slots_of(torch.tensor(taken, device=self.device)))
+            sequence.blocks += taken
         self._owners.pop(sequence, None)
         self._owners[sequence] = None
         return True
@@ -225,15 +228,14 @@ class ControlModel:
     def _group(self, members: Sequence[CachedSequence], count: int, start: int) -> Group:
         """The group of `members`, each with `count` new tokens, that stands at `start` of the flat batch."""
         width = max(len(sequence.blocks) for sequence in members)
-        table = [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence in members]
-        blocks = torch.tensor(table, device=self.device)
-        slots = blocks[:, :, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=self.device)
+        # padded with what is the sequence's own: nothing that another has computed can reach it
+        table = [seq.blocks + seq.blocks[-1:] * (width - len(seq.blocks)) for seq in members]
         first = torch.tensor([sequence.cached for sequence in members], device=self.device)
         index = torch.arange(start, start + len(members) * count, device=self.device)
         return Group(
             index=index.view(len(members), count),
             positions=first[:, None] + torch.arange(count, device=self.device),
-            slots=slots.flatten(1),
+            slots=slots_of(torch.tensor(table, device=self.device)),
         )
 
 

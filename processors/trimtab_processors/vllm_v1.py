@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from trimtab_processors.admission import served_target, validate_params
+from trimtab_processors.admission import count_on_one_rank, served_target, validate_params
 from trimtab_processors.beside import Worker
 from trimtab_processors.parameters import parse_xargs
 from trimtab_processors.runtime import Request, Runtime
@@ -50,6 +50,7 @@ class ControlProcessor(LogitsProcessor):
                 "trimtab reads each sampled token on the host, which asynchronous scheduling does not"
                 " give it: start vLLM with --no-async-scheduling"
             )
+        count_on_one_rank(vllm_config)
         settings = read_settings(vllm_config.additional_config)
         if settings.control_cpus and device.type != "cpu":
             raise ValueError(

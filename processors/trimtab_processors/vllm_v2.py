@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
-from trimtab_processors.admission import served_target, validate_params
+from trimtab_processors.admission import count_on_one_rank, served_target, validate_params
 from trimtab_processors.device import Batch, DeviceRuntime
 from trimtab_processors.parameters import parse_xargs
 from trimtab_processors.segments import History
@@ -45,6 +45,7 @@ class ControlProcessor(LogitsProcessor):
         Raises:
             ValueError: the configuration is wrong.
         """
+        count_on_one_rank(vllm_config)
         settings = read_settings(vllm_config.additional_config)
         if settings.control_cpus:
             raise ValueError(

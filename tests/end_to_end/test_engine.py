@@ -536,5 +536,7 @@ def test_every_rank_of_two_shifts_alike(world, tmp_path_factory):
             ask_for(world, CONTROLS[i % 4], prompt, tokens=16)
             for i, prompt in enumerate(prompts(world, 6, seed=17))
         ]
-        for ask, choice in zip(asks, complete_all(server, asks), strict=True):
-            check(world, ask, choice)
+        tokens = sum(
+            check(world, ask, choice) for ask, choice in zip(asks, complete_all(server, asks), strict=True)
+        )
+        assert server.metric("trimtab_controlled_tokens_total") == tokens

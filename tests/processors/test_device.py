@@ -396,6 +396,20 @@ def broken(directory, place):
     return place
 
 
+def test_what_is_not_finite_in_one_slots_blocks_reaches_no_later_owner(family, tmp_path):
+    """Blocks go from request to request, and a context that is masked is multiplied all the same."""
+    engine = Engine(family.a, {"control": family.control}, tmp_path, cache_bytes=1)
+    (control,) = engine.runtime._controls
+    control.control.parts[0].model._model.get_input_embeddings().weight[7] = torch.nan
+    engine.add(0, [5], Parameters(control="control", prompt=(7,) * 40))
+    assert not engine.step()[0].any()
+    engine.add(0, [5], None)
+    for length in (3, 20, 40):
+        engine.add(1, [5], Parameters(control="control", prompt=(9,) * length))
+        assert engine.step([1])[1].any()
+        engine.add(1, [5], None)
+
+
 def test_a_shift_that_is_not_finite_leaves_its_row_alone_and_is_counted(family, tmp_path, monkeypatch):
     """One broken control costs nobody their request."""
     monkeypatch.setattr("trimtab_processors.model._equal", lambda left, right: True)

@@ -52,6 +52,35 @@ def plain_row(plain, tokens):
     return plain(torch.tensor([tokens])).logits[0, -1]
 
 
+def test_a_context_that_is_not_finite_reaches_no_other(control):
+    """Neither beside it in a batch, where contexts are padded, nor in the blocks that it leaves behind."""
+    directory, plain = control
+    model = ControlModel(directory, cache_bytes=1, device=CPU)
+    model._model.get_input_embeddings().weight[7] = torch.nan
+    sick = CachedSequence(tokens=[7] * (3 * BLOCK_SIZE))
+    model.run([sick])
+    assert not sick.row.isfinite().any()
+    long, short = (
+        CachedSequence(tokens=[5 + i] * n) for i, n in enumerate((3 * BLOCK_SIZE - 1, BLOCK_SIZE + 1))
+    )
+    for _ in range(2):  # read in groups of their own, then decoded in one, padded to the longest
+        model.run([short, long])
+        for sequence in (long, short):
+            sequence.change([*sequence.tokens, 8], len(sequence.tokens))
+    model.run([short, long])
+    for sequence in (short, long, sick):
+        model.release(sequence)
+    for length in (1, BLOCK_SIZE + 1, 3 * BLOCK_SIZE):
+        later = CachedSequence(tokens=[9] * length)
+        model.run([later])
+        torch.testing.assert_close(later.row, plain_row(plain, later.tokens), atol=1e-4, rtol=1e-4)
+        later.change([*later.tokens, 10], length)
+        model.run([later])
+        torch.testing.assert_close(later.row, plain_row(plain, later.tokens), atol=1e-4, rtol=1e-4)
+    for sequence in (short, long):
+        torch.testing.assert_close(sequence.row, plain_row(plain, sequence.tokens), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("cache_bytes", [1, 10_000_000], ids=["pool-of-one-context", "pool-with-room"])
 def test_every_row_of_a_changing_batch_is_that_of_the_plain_model(control, cache_bytes):
     """Sequences grow, are rolled back, join and leave; a full pool only costs time."""

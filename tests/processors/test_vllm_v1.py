@@ -16,6 +16,7 @@ from vllm.exceptions import VLLMValidationError
 from batch import Batch, Job, configuration
 from reference import Model, Reference
 from tiny import sentences
+from trimtab_processors import metrics
 from trimtab_processors.settings import command_line_settings
 from trimtab_processors.vllm_v1 import ControlProcessor
 
@@ -64,6 +65,17 @@ def test_an_engine_that_schedules_asynchronously_is_refused_at_start(family, tmp
     config = configuration(family, "a", tmp_path, scheduler_config=SimpleNamespace(async_scheduling=True))
     with pytest.raises(ValueError, match="--no-async-scheduling"):
         ControlProcessor(config, torch.device("cpu"), False)
+
+
+@pytest.mark.parametrize(("rank", "counts"), [(0, True), (1, False), (2, True), (3, False)])
+def test_one_rank_counts_for_all_that_shift_the_same_logits(family, tmp_path, monkeypatch, rank, counts):
+    """Of two stages of two ranks each, the first of each stage."""
+    silenced = []
+    monkeypatch.setattr(metrics, "silence", lambda: silenced.append(rank))
+    parallel = SimpleNamespace(rank=rank, tensor_parallel_size=2)
+    config = configuration(family, "a", tmp_path, parallel_config=parallel)
+    ControlProcessor(config, torch.device("cpu"), False)
+    assert silenced == ([] if counts else [rank])
 
 
 def test_a_wrong_configuration_is_refused_by_its_key(family, tmp_path):
