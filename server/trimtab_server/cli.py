@@ -66,7 +66,7 @@ def check(config: ConfigArgument) -> None:
     except SettingsError as error:
         raise _refused(error) from error
     for name, model in settings.models.items():
-        kind = "directory" if Path(model.model).exists() else "hub id, not looked up"
+        kind = "directory" if Path(str(model.model)).exists() else "hub id, not looked up"
         offered = ", ".join(settings.controls_of(name)) or "none"
         typer.echo(f"model {name}: {model.model} ({kind}); controls: {offered}")
     typer.echo(f"{config} is valid: http://{settings.host}:{settings.port}, {keys} API keys")

@@ -12,6 +12,7 @@ from typing import Any
 from trimtab_processors.settings import KEY as PLUGIN_KEY
 from trimtab_processors.settings import PluginSettings
 from trimtab_server.settings import (
+    ADMIN_KEYS_VARIABLE,
     API_KEYS_VARIABLE,
     CONTROL_PROCESSOR,
     CONTROL_PROCESSORS,
@@ -34,7 +35,7 @@ _CONTROL_FLAGS: Mapping[str, Mapping[str, Any]] = {
 }
 _DEFAULT_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 PRIVATE_VLLM_KEY = "VLLM_API_KEY"
-_PRIVATE_VARIABLES = (API_KEYS_VARIABLE, PRIVATE_VLLM_KEY)
+_PRIVATE_VARIABLES = (ADMIN_KEYS_VARIABLE, API_KEYS_VARIABLE, PRIVATE_VLLM_KEY)
 
 
 def worker_command(settings: Settings, name: str, socket: Path) -> list[str]:
@@ -46,7 +47,7 @@ def worker_command(settings: Settings, name: str, socket: Path) -> list[str]:
     defaults = {**_DEFAULT_FLAGS, **(_CONTROL_FLAGS[model.runner] if controlled else {})}
     command = [*(model.command or VLLM), *_flags({**defaults, **model.args})]
     # Last, since the last of two equal flags wins, whatever abbreviation the first one is written in.
-    command += ["--model", model.model, "--served-model-name", name, "--uds", str(socket)]
+    command += ["--model", str(model.model), "--served-model-name", name, "--uds", str(socket)]
     if processors:
         command += ["--logits-processors", *processors]
     if controlled:

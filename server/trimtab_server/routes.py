@@ -142,7 +142,7 @@ async def model(here: Here, name: str) -> JSONResponse:
 @routes.post("/v1/messages")
 async def generate(request: Request, here: Here) -> Response:
     """Generate text, under a control where one is asked for."""
-    body = await read_body(request, here.settings.max_body_bytes)
+    body = await read_body(request, here.settings.limits.body_bytes)
     require_json(request)
     payload = parse_object(body)
     worker = _route(request, here, payload.get("model"))
@@ -165,7 +165,7 @@ async def generate(request: Request, here: Here) -> Response:
 @routes.api_route("/{path:path}", methods=_METHODS)
 async def forward(request: Request, here: Here) -> Response:
     """Any other endpoint of a worker."""
-    body = await read_body(request, here.settings.max_body_bytes)
+    body = await read_body(request, here.settings.limits.body_bytes)
     model: Any = request.query_params.get("model")
     if body and is_json(request):
         payload = parse_object(body)

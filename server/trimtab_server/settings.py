@@ -34,6 +34,7 @@ CONTROL_PROCESSOR = CONTROL_PROCESSORS["v1"]
 """Its name in a model's list of processors, whatever the runner."""
 RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 API_KEYS_VARIABLE = "TRIMTAB_API_KEYS"
+ADMIN_KEYS_VARIABLE = "TRIMTAB_ADMIN_KEYS"
 RESERVED_FLAGS = frozenset(
     {
         *("model", "served-model-name", "uds", "host", "port", "logits-processors", "additional-config"),
@@ -150,12 +151,82 @@ class Restarts(_Section):
         return min(self.backoff * 2.0**doublings, self.longest)
 
 
+class Limits(_Section):
+    """What clients can't go beyond."""
+
+    body_bytes: Annotated[int, Field(gt=0)] = 32 * 2**20
+    """The body of one request; 413 beyond."""
+    control_prompt_tokens: Annotated[int, Field(gt=0)] = 131_072
+    """A control's own prompt, in the control's tokens; 413 beyond."""
+    concurrent: Annotated[int, Field(gt=0)] = 512
+    """Requests of one model under way at once; what comes beyond waits."""
+    queued: Annotated[int, Field(ge=0)] = 512
+    """Requests of one model that wait; 429 beyond."""
+    controls: Annotated[int, Field(gt=0)] = 64
+    """Controls that there are at once, loaded ones among them."""
+    controls_per_request: Annotated[int, Field(gt=0)] = 4
+    """Controls that one request may sum."""
+    aliases: Annotated[int, Field(ge=0)] = 1024
+    """Aliases `model:control` that `/v1/models` lists."""
+
+
+class Cors(_Section):
+    """Which pages of other origins a browser lets use the gateway; none unless they stand here."""
+
+    allow_origins: tuple[str, ...] = ()
+    allow_origin_regex: str | None = None
+    allow_credentials: bool = False
+    max_age: Annotated[int, Field(ge=0)] = 600
+
+
+class Tls(_Section):
+    """What uvicorn is told of TLS, by its own names without `ssl_`."""
+
+    certfile: LocalPath
+    keyfile: LocalPath | None = None
+    keyfile_password: str | None = None
+    ca_certs: LocalPath | None = None
+    require_client_certificate: bool = False
+    ciphers: str = "TLSv1"
+
+
+class Replica(_Section):
+    """One worker of a model: a vLLM server that is started here, or one elsewhere."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$")] | None = None
+    """Where a server elsewhere answers; it serves the model by the same name, and has the plugin."""
+    key_variable: str | None = None
+    """The environment variable with the API key of the server elsewhere."""
+    devices: tuple[Annotated[int, Field(ge=0)] | str, ...] | None = None
+    """GPUs of a worker started here (CUDA_VISIBLE_DEVICES)."""
+    cpus: str | None = None
+    """Cores of a worker started here, on CPUs, such as 0-3 (VLLM_CPU_OMP_THREADS_BIND)."""
+    args: dict[FlagName, FlagValue] = Field(default_factory=dict)
+    """Flags for vLLM beside the model's, and before them."""
+    env: Annotated[dict[str, str], AfterValidator(_environment)] = Field(default_factory=dict)
+    """Environment variables beside the model's, and before them."""
+
+    @model_validator(mode="after")
+    def _here_or_elsewhere(self) -> Self:
+        started = sorted(self.model_fields_set & {"devices", "cpus", "args", "env"})
+        if self.url is not None and started:
+            raise ValueError(f"{', '.join(started)}: only for a worker that is started here, not at a url")
+        if self.url is None and self.key_variable is not None:
+            raise ValueError("key_variable: only for a worker at a url")
+        return self
+
+
 class ModelSettings(_Section):
     """One model that is served."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
-    model: Location
+    model: Location | None = None
+    """None where all its replicas are elsewhere."""
+    replicas: Annotated[tuple[Replica, ...], Field(min_length=1)] = (Replica(),)
+    """Its workers, which share its load."""
     args: dict[FlagName, FlagValue] = Field(default_factory=dict)
     """Flags for vLLM, by their own names."""
     env: Annotated[dict[str, str], AfterValidator(_environment)] = Field(default_factory=dict)
@@ -184,14 +255,34 @@ class Settings(_Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     api_keys_file: LocalPath | None = None
     """One key a line; lines that begin with # are comments."""
+    admin_keys_file: LocalPath | None = None
+    """The same, of those who may load and unload controls; nobody may where there are none."""
+    protect_metrics: bool = False
+    """Whether `/metrics` needs an API key too."""
+    control_roots: tuple[LocalPath, ...] = ()
+    """Directories below which controls may be loaded while the gateway runs."""
+    limits: Limits = Limits()
+    cors: Cors = Cors()
+    tls: Tls | None = None
     timeouts: Timeouts = Timeouts()
     restarts: Restarts = Restarts()
-    max_body_bytes: Annotated[int, Field(gt=0)] = 32 * 2**20
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    log_prompts: bool = False
+    """Whether the log shows what clients send."""
     tables: LocalPath = Field(default=DEFAULT_TABLES, validate_default=True)
     """Where mapping tables are kept."""
     logs: LocalPath = Field(default=Path("~/.cache/trimtab/logs"), validate_default=True)
     """Where the workers' output goes."""
+
+    @model_validator(mode="after")
+    def _models_are_somewhere(self) -> Self:
+        for name, model in self.models.items():
+            if model.model is None and any(replica.url is None for replica in model.replicas):
+                raise ValueError(
+                    f"models.{name}.model: needed, a directory or a hub id, where a replica has no url"
+                )
+        return self
 
     @model_validator(mode="after")
     def _controls_exist(self) -> Self:
@@ -220,10 +311,16 @@ class Settings(_Section):
         Raises:
             SettingsError: the file of keys can't be read, or holds none.
         """
-        keys = {key.strip() for key in os.environ.get(API_KEYS_VARIABLE, "").split(",")}
-        if self.api_keys_file is not None:
-            keys |= _read_keys(self.api_keys_file)
-        return frozenset(keys - {""})
+        return _keys(API_KEYS_VARIABLE, "api_keys_file", self.api_keys_file)
+
+    @cached_property
+    def admin_keys(self) -> frozenset[str]:
+        """The keys of those who may load and unload controls; empty: nobody may.
+
+        Raises:
+            SettingsError: the file of keys can't be read, or holds none.
+        """
+        return _keys(ADMIN_KEYS_VARIABLE, "admin_keys_file", self.admin_keys_file)
 
 
 def load_settings(path: Path) -> Settings:
@@ -270,16 +367,25 @@ def _describe(fault: Mapping[str, Any]) -> str:
     return f"{place}: {message}, got {str(fault['input'])[:80]!r}"
 
 
+_SECTIONS: Mapping[str, type[BaseModel]] = {
+    "timeouts": Timeouts,
+    "restarts": Restarts,
+    "limits": Limits,
+    "cors": Cors,
+    "tls": Tls,
+}
+
+
 def _section(location: tuple[int | str, ...]) -> type[BaseModel]:
     match location[:-1]:
-        case ("timeouts",):
-            return Timeouts
-        case ("restarts",):
-            return Restarts
+        case (str(name),) if name in _SECTIONS:
+            return _SECTIONS[name]
         case ("models", _):
             return ModelSettings
         case ("models", _, "plugin"):
             return PluginSettings
+        case ("models", _, "replicas", _):
+            return Replica
     return Settings
 
 
@@ -305,12 +411,19 @@ def _require_generation(name: str, model: ModelSettings) -> None:
             )
 
 
-def _read_keys(path: Path) -> set[str]:
+def _keys(variable: str, setting: str, path: Path | None) -> frozenset[str]:
+    keys = {key.strip() for key in os.environ.get(variable, "").split(",")}
+    if path is not None:
+        keys |= _read_keys(setting, path)
+    return frozenset(keys - {""})
+
+
+def _read_keys(setting: str, path: Path) -> set[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"api_keys_file {path} can't be read: {error}") from error
+        raise SettingsError(f"{setting} {path} can't be read: {error}") from error
     keys = {line for line in lines if line and not line.startswith("#")}
     if not keys:
-        raise SettingsError(f"api_keys_file {path} holds no key: write one a line, or leave the setting out")
+        raise SettingsError(f"{setting} {path} holds no key: write one a line, or leave the setting out")
     return keys

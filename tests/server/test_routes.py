@@ -136,13 +136,13 @@ def test_a_content_type_may_have_parameters(start):
 @pytest.mark.parametrize("body", [[b"{}" + b" " * 99], [b"{}", b" " * 60, b" " * 39]])
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
 def test_a_body_over_the_limit_is_413_whether_it_says_so_or_not(start, body, path):
-    gateway = start(max_body_bytes=100)
+    gateway = start(limits={"body_bytes": 100})
     response = gateway.post(body[0] if len(body) == 1 else iter(body), path)
     assert (response.status_code, gateway.error(response)["code"]) == (413, "body_too_large")
 
 
 def test_a_body_at_the_limit_passes(start):
-    assert start(max_body_bytes=100).post(b"{}" + b" " * 98).status_code == 200
+    assert start(limits={"body_bytes": 100}).post(b"{}" + b" " * 98).status_code == 200
 
 
 # Workers in trouble

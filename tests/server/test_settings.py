@@ -29,7 +29,7 @@ def test_a_model_is_all_that_is_needed_and_nobody_else_can_reach_it(write_config
     assert settings.host == "127.0.0.1"
     assert settings.models["m"].processors == (CONTROL_PROCESSOR,)
     assert settings.api_keys == frozenset()
-    assert settings.max_body_bytes == 32 * 1024 * 1024
+    assert settings.limits.body_bytes == 32 * 1024 * 1024
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,10 @@ def test_numbers_may_stand_for_text_in_the_environment(write_config):
     [
         ({}, "models: Field required"),
         ({"models": {}}, "models: Dictionary should have at least 1 item"),
-        ({"models": ONE, "prot": 1}, "prot: unknown key; allowed here: api_keys_file, controls, host, "),
+        (
+            {"models": ONE, "prot": 1},
+            "prot: unknown key; allowed here: admin_keys_file, api_keys_file, control_roots, controls, cors, host, ",
+        ),
         (
             {"models": {"m": {"model": "x", "agrs": {}}}},
             "models.m.agrs: unknown key; allowed here: args, command, controls, default_control, env, model",
