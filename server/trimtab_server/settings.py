@@ -245,6 +245,12 @@ class ModelSettings(_Section):
     command: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """The program that is given vLLM's flags; None: vLLM in this Python."""
 
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> Self:
+        if self.model is None and any(replica.url is None for replica in self.replicas):
+            raise ValueError("`model` is needed, a directory or a hub id, unless every replica has a url")
+        return self
+
 
 class Settings(_Section):
     """The whole configuration."""
@@ -274,15 +280,6 @@ class Settings(_Section):
     """Where mapping tables are kept."""
     logs: LocalPath = Field(default=Path("~/.cache/trimtab/logs"), validate_default=True)
     """Where the workers' output goes."""
-
-    @model_validator(mode="after")
-    def _models_are_somewhere(self) -> Self:
-        for name, model in self.models.items():
-            if model.model is None and any(replica.url is None for replica in model.replicas):
-                raise ValueError(
-                    f"models.{name}.model: needed, a directory or a hub id, where a replica has no url"
-                )
-        return self
 
     @model_validator(mode="after")
     def _controls_exist(self) -> Self:
