@@ -10,7 +10,7 @@ from trimtab_mappings import load_vocabulary
 from trimtab_processors import metrics
 from trimtab_processors.control import Target
 from trimtab_processors.parameters import ParametersError, parse_xargs
-from trimtab_processors.settings import command_line_settings, validate
+from trimtab_processors.settings import known_controls, validate
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +25,10 @@ def validate_params(sampling_params: SamplingParams) -> None:
         VLLMValidationError: which vLLM answers with 400.
     """
     try:
-        parameters = parse_xargs(sampling_params.extra_args)
-        if parameters and (settings := command_line_settings()):
-            validate(parameters, settings)
+        controls = known_controls()
+        for parameters in parse_xargs(sampling_params.extra_args):
+            if controls is not None:
+                validate(parameters, controls)
     except ParametersError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
 

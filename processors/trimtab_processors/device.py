@@ -13,6 +13,7 @@ import logging
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -164,6 +165,8 @@ class DeviceControl:
         self._counts = torch.zeros(2, dtype=torch.int64, device=target.device)
         """Rows that were shifted, and rows left alone since their shift was not finite."""
         self._late_counts, self._counted = Late(self._counts), np.zeros(2, dtype=np.int64)
+        self.members = np.zeros(slots, dtype=np.bool_)
+        """Which slots are under this control."""
         self._joining: dict[int, Join] = {}
         self._recent: list[NDArray[np.int64]] = []
         self._ahead: Rows | None = None
@@ -184,11 +187,13 @@ class DeviceControl:
         self._joining[slot] = Join(slot, tokens, start, end, prompt, keeps_first=keeps_first)
         self._strengths[slot] = self.control.strength_of(parameters)
         self._top_k[slot] = self._top_ks[slot] = parameters.top_k or 0
+        self.members[slot] = True
         metrics.REQUESTS.labels(*self._labels).inc(end == prompt)
 
     def close(self, slot: int) -> None:
         """Give back what the slot holds."""
         self._joining.pop(slot, None)
+        self.members[slot] = False
         self._top_k[slot] = 0
         self._recent = [slots[slots != slot] for slots in self._recent]
         self.blocks.release(slot)
@@ -302,24 +307,31 @@ class DeviceControl:
             for start in range(0, len(members), most):
                 yield members[start : start + most], new, blocks
 
-    def apply(self, logits: Tensor, batch: Batch, members: NDArray[np.int64], drafts: Tensor | None) -> None:
-        """Shift the rows of some requests in place.
+    def guards(self, slots: NDArray[np.int64]) -> bool:
+        """Whether only the target's likeliest tokens are shifted for some of `slots`."""
+        return bool((self.members & (self._top_k > 0))[slots].any())
+
+    def apply(self, logits: Tensor, own: Tensor, batch: Batch, drafts: Tensor | None) -> None:
+        """Shift the rows of the requests under this control in place.
 
         Args:
             logits: float [rows, width].
+            own: float [rows, width], the target's own logits; they may be `logits`.
             batch: the step.
-            members: int64 [n], which of its requests are under this control.
             drafts: see `rows`; without, each request has one row.
         """
+        members = np.flatnonzero(self.members[batch.slots])
         slots = batch.slots[members]
         if drafts is None:
-            self._apply_single(logits, slots, members)
+            self._apply_single(logits, own, slots, members)
             self._recent.append(slots)  # with drafts, what could be computed ahead is not worth a pass
         else:
-            self._apply_drafts(logits, batch, self.rows(slots, drafts))
+            self._apply_drafts(logits, own, batch, self.rows(slots, drafts))
         self.contexts.expect(slots, 1 + (drafts.shape[1] if drafts is not None else 0))
 
-    def _apply_single(self, logits: Tensor, slots: NDArray[np.int64], members: NDArray[np.int64]) -> None:
+    def _apply_single(
+        self, logits: Tensor, own: Tensor, slots: NDArray[np.int64], members: NDArray[np.int64]
+    ) -> None:
         row_of = np.full(len(self._pending), -1)
         row_of[slots] = members
         ahead = self._ahead
@@ -329,33 +341,57 @@ class DeviceControl:
             if rows:
                 picked = np.flatnonzero(np.isin(rows.slots, ready if rows is ahead else late))
                 pick, row = upload(np.stack((picked, row_of[rows.slots[picked]])), self._device)
-                logits[row] = self._shifted(
-                    logits[row], rows.logits[pick, 0], rows.slots[picked], rows.places[pick], rows.known[pick]
+                shift = self._shift(
+                    rows.logits[pick, 0],
+                    rows.places[pick],
+                    rows.known[pick],
+                    own=own,
+                    index=row,
+                    slots=rows.slots[picked],
                 )
+                logits.index_add_(0, row, shift.to(logits.dtype))
 
-    def _apply_drafts(self, logits: Tensor, batch: Batch, rows: Rows) -> None:
+    def _apply_drafts(self, logits: Tensor, own: Tensor, batch: Batch, rows: Rows) -> None:
         place_of = torch.full((len(self._pending),), -1, device=self._device)
         place_of[rows.places] = torch.arange(len(rows.slots), device=self._device)
         owner = place_of[batch.row_slots.long()]
         pick = owner.clamp(min=0)
-        own = rows.logits[pick, batch.row_offsets.long()]
+        ours = rows.logits[pick, batch.row_offsets.long()]
         known = rows.known[pick] & (owner >= 0)
-        logits.copy_(self._shifted(logits, own, rows.slots, rows.places[pick], known))
+        every = torch.arange(len(logits), device=self._device)
+        shift = self._shift(ours, rows.places[pick], known, own=own, index=every, slots=rows.slots)
+        logits.add_(shift.to(logits.dtype))
 
-    def _shifted(
-        self, logits: Tensor, rows: Tensor, slots: NDArray[np.int64], places: Tensor, known: Tensor
+    def _shift(
+        self,
+        rows: Tensor,
+        places: Tensor,
+        known: Tensor,
+        *,
+        own: Tensor,
+        index: Tensor,
+        slots: NDArray[np.int64],
     ) -> Tensor:
-        """Logits, float [n, width], with the shift where `known`, bool [n], and the shift is finite.
+        """The shift of some rows: 0 where there is no context, or it is not finite.
 
-        `places` is the slot of each row, `slots` all of them on the host.
+        Args:
+            rows: float32 [n, control vocabulary].
+            places: int64 [n], the slot of each.
+            known: bool [n], whether it has a context.
+            own: float [rows of the step, width], the target's own logits.
+            index: int64 [n], which of them are shifted.
+            slots: all slots of `places`, on the host.
+
+        Returns:
+            float32 [n, width].
         """
         shift = self.control.routing.shift(rows) * self._strengths[places, None]
         finite = shift.isfinite().all(dim=1)
         if most := int(self._top_k[slots].max()):
-            shift = of_likeliest(logits, shift, self._top_ks[places], most)
+            shift = of_likeliest(own[index], shift, self._top_ks[places], most)
         done = known & finite
         self._counts += torch.stack((done.sum(), (known & ~finite).sum()))
-        return torch.where(done[:, None], logits + shift.to(logits.dtype), logits)
+        return torch.where(done[:, None], shift, 0.0)
 
 
 class _Layout:
@@ -428,49 +464,62 @@ class DeviceRuntime:
             neutral: how unmapped tokens are shifted, see `PmMined`.
             most_drafts: the draft tokens that a request may have in a step.
         """
-        self._target, self._most_drafts = target, most_drafts
-        self._controls = [
-            DeviceControl(
-                Control(name, location, target, tables=tables, cache_bytes=cache_bytes, neutral=neutral),
-                target,
-                history,
-                most_drafts=most_drafts,
-            )
-            for name, location in controls.items()
-        ]
-        self._numbers = {name: number for number, name in enumerate(controls)}
-        self._control_of = np.full(len(history.length), -1)
+        self._target, self._history, self._most_drafts = target, history, most_drafts
+        self._make = partial(Control, target=target, tables=tables, cache_bytes=cache_bytes, neutral=neutral)
+        self._controls = {name: self.load(name, location) for name, location in controls.items()}
         self._lane = _Lane(target.device)
 
-    def open(self, slot: int, parameters: Parameters | None, prompt: int, end: int) -> bool:
+    @property
+    def controls(self) -> Sequence[Control]:
+        """Those that a request may name."""
+        return [each.control for each in self._controls.values()]
+
+    def load(self, name: str, location: str) -> DeviceControl:
+        """Make a control ready, in whatever thread; nobody has it before `install`.
+
+        Raises:
+            PackError, VocabularyError: the pack can't be used; the message names it and the reason.
+        """
+        control = self._make(name, location)
+        return DeviceControl(control, self._target, self._history, most_drafts=self._most_drafts)
+
+    def install(self, control: DeviceControl) -> None:
+        """Let requests name `control`, between two steps."""
+        self._controls[control.control.name] = control
+
+    def unload(self, name: str) -> None:
+        """Let no request name a control, between two steps. Those that still have it go on without: which
+        they are, nobody tells this runtime.
+        """
+        self._controls.pop(name, None)
+
+    def open(self, slot: int, parameters: Sequence[Parameters], prompt: int, end: int) -> bool:
         """Take up the request in `slot`, anew or resumed; whatever was in the slot before is forgotten.
 
         Args:
             slot: where it is.
-            parameters: the control that it wants, if any.
+            parameters: the controls that it wants, whose shifts are summed.
             prompt: how many tokens the target's prompt has.
             end: how many its history has: more than that, where it is resumed.
 
         Returns:
-            Whether it is under control; it goes on without where this engine has no such control, or at
-            strength 0.
+            Whether it is under any control; it goes on without those that this engine does not have, and
+            without those at strength 0.
         """
-        if (number := self._control_of[slot]) >= 0:
-            self._controls[number].close(slot)
-        self._control_of[slot] = -1
-        if parameters is None:
-            return False
-        if parameters.control not in self._numbers:
+        for control in self._controls.values():
+            if control.members[slot]:
+                control.close(slot)
+        wanted = [each for each in parameters if self._steers(each)]
+        for each in wanted:
+            self._controls[each.control].open(slot, each, prompt, end)
+        return bool(wanted)
+
+    def _steers(self, parameters: Parameters) -> bool:
+        if parameters.control not in self._controls:
             logger.error("no control %r here, a request goes on without it", parameters.control)
             metrics.UNKNOWN.labels(self._target.name).inc()
             return False
-        number = self._numbers[parameters.control]
-        control = self._controls[number]
-        if not control.control.strength_of(parameters):
-            return False
-        self._control_of[slot] = number
-        control.open(slot, parameters, prompt, end)
-        return True
+        return bool(self._controls[parameters.control].control.strength_of(parameters))
 
     @torch.inference_mode()
     def begin(self) -> None:
@@ -478,7 +527,7 @@ class DeviceRuntime:
         forward what the step will most likely want.
         """
         with self._lane.beside():
-            for control in self._controls:
+            for control in self._controls.values():
                 control.begin()
 
     @torch.inference_mode()
@@ -486,12 +535,12 @@ class DeviceRuntime:
         """Shift `logits`, float [rows, width], in place; for a step, or for each part of its requests."""
         started = time.perf_counter()
         self._lane.join()
-        numbers = self._control_of[batch.slots]
-        drafts = self._drafts(batch) if (numbers >= 0).any() else None
-        for number, control in enumerate(self._controls):
-            members = np.flatnonzero(numbers == number)
-            if members.size:
-                control.apply(logits, batch, members, drafts)
+        active = [control for control in self._controls.values() if control.members[batch.slots].any()]
+        drafts = self._drafts(batch) if active else None
+        several = len(active) > 1 and any(control.guards(batch.slots) for control in active)
+        own = logits.clone() if several else logits
+        for control in active:
+            control.apply(logits, own, batch, drafts)
         metrics.APPLY_SECONDS.labels(self._target.name).inc(time.perf_counter() - started)
 
     def _drafts(self, batch: Batch) -> Tensor | None:
@@ -499,7 +548,7 @@ class DeviceRuntime:
         most = min(len(batch.row_slots) - len(batch.slots), self._most_drafts)
         if not most:
             return None
-        drafts = torch.full((len(self._control_of), 1 + most), -1, device=self._target.device)
+        drafts = torch.full((len(self._history.length), 1 + most), -1, device=self._target.device)
         drafts[batch.row_slots.long(), batch.row_offsets.long()] = batch.row_tokens.long()
         return drafts[:, 1:]
 

@@ -5,17 +5,21 @@ vLLM's front end loads this module for every server, so it imports neither torch
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
 
 from trimtab_processors.pack import ControlName, Strength
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 PREFIX = "trimtab_"
+MAX_CONTROLS = 8
 MAX_TOP_K = 1024
+_NO_PROMPT = -1
+_NO_TOP_K = 0
 TopK = Annotated[StrictInt, Field(ge=1, le=MAX_TOP_K)]
 
 
@@ -24,7 +28,7 @@ class ParametersError(ValueError):
 
 
 class Parameters(BaseModel):
-    """The control of one request."""
+    """One control of one request."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,30 +45,109 @@ class Parameters(BaseModel):
     """
 
 
-def parse_xargs(extra_args: Mapping[str, Any] | None) -> Parameters | None:
+def _listed(value: Any) -> Any:
+    return value if value is None or isinstance(value, list | tuple) else [value]
+
+
+_AtMost = Field(min_length=1, max_length=MAX_CONTROLS)
+_Lengths = Annotated[StrictInt, Field(ge=_NO_PROMPT)]
+_TopKs = Annotated[StrictInt, Field(ge=_NO_TOP_K, le=MAX_TOP_K)]
+
+
+class _Xargs(BaseModel):
+    """The controls of a request as they travel: a list for each property, or the only control's value."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    control: Annotated[tuple[ControlName, ...], BeforeValidator(_listed), _AtMost]
+    strength: Annotated[tuple[Strength, ...], BeforeValidator(_listed), _AtMost] | None = None
+    prompt: tuple[Annotated[StrictInt, Field(ge=0)], ...] | None = None
+    """All prompts of their own, one after the other."""
+    prompt_lengths: Annotated[tuple[_Lengths, ...], BeforeValidator(_listed), _AtMost] | None = None
+    """The tokens of each; -1 for none. Needed where there are several controls."""
+    top_k: Annotated[tuple[_TopKs, ...], BeforeValidator(_listed), _AtMost] | None = None
+    """0: all tokens are shifted."""
+
+
+def parse_xargs(extra_args: Mapping[str, Any] | None) -> tuple[Parameters, ...]:
     """Read `trimtab_control`, `trimtab_strength`, `trimtab_prompt` and `trimtab_top_k`; keys of others are
     left alone.
 
+    Of several controls each of them is a list, and the prompts stand one after the other, with
+    `trimtab_prompt_lengths` to tell them apart.
+
     Returns:
-        None where the request names no control.
+        The controls whose shifts are summed; none where the request names none.
 
     Raises:
         ParametersError: a value is out of range, of the wrong type, or a `trimtab_` key is unknown.
     """
     own = {k.removeprefix(PREFIX): v for k, v in (extra_args or {}).items() if k.startswith(PREFIX)}
     if not own:
-        return None
+        return ()
     try:
-        return Parameters.model_validate(own)
+        xargs = _Xargs.model_validate(own)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         key = PREFIX + ".".join(map(str, fault["loc"]))
         given = "" if fault["type"] == "missing" else f", got {str(fault['input'])[:80]!r}"
         raise ParametersError(f"{key}: {fault['msg']}{given}") from error
+    return _parted(xargs)
 
 
-def to_xargs(parameters: Parameters) -> dict[str, Any]:
-    """The inverse of `parse_xargs`: what the gateway writes into `vllm_xargs`."""
-    return {
-        PREFIX + key: value for key, value in parameters.model_dump(mode="json").items() if value is not None
-    }
+def to_xargs(parameters: Sequence[Parameters]) -> dict[str, Any]:
+    """The inverse of `parse_xargs`: what the gateway writes into `vllm_xargs`.
+
+    Args:
+        parameters: some controls; either all or none of several have a strength.
+    """
+    if len(parameters) == 1:
+        given = parameters[0].model_dump(mode="json", exclude_none=True)
+    else:
+        strengths = [each.strength for each in parameters if each.strength is not None]
+        given = {
+            "control": [each.control for each in parameters],
+            **({"strength": strengths} if strengths else {}),
+            "top_k": [each.top_k or _NO_TOP_K for each in parameters],
+            "prompt": [token for each in parameters for token in each.prompt or ()],
+            "prompt_lengths": [
+                _NO_PROMPT if each.prompt is None else len(each.prompt) for each in parameters
+            ],
+        }
+    return {PREFIX + key: value for key, value in given.items()}
+
+
+def _parted(xargs: _Xargs) -> tuple[Parameters, ...]:
+    count = len(xargs.control)
+    if len(set(xargs.control)) < count:
+        raise ParametersError(f"{PREFIX}control: a control stands twice in {list(xargs.control)}")
+    strengths = _for_each("strength", xargs.strength, count) or (None,) * count
+    top_ks = _for_each("top_k", xargs.top_k, count) or (_NO_TOP_K,) * count
+    return tuple(
+        Parameters(control=control, strength=strength, prompt=prompt, top_k=top_k or None)
+        for control, strength, prompt, top_k in zip(
+            xargs.control, strengths, _prompts(xargs, count), top_ks, strict=True
+        )
+    )
+
+
+def _for_each(key: str, values: tuple[Any, ...] | None, count: int) -> tuple[Any, ...] | None:
+    if values is not None and len(values) != count:
+        raise ParametersError(f"{PREFIX}{key}: {len(values)} values for {count} controls")
+    return values
+
+
+def _prompts(xargs: _Xargs, count: int) -> list[tuple[int, ...] | None]:
+    lengths = _for_each("prompt_lengths", xargs.prompt_lengths, count)
+    if lengths is None:
+        if xargs.prompt is not None and count > 1:
+            raise ParametersError(f"{PREFIX}prompt_lengths: needed, since {count} controls share the prompt")
+        return [xargs.prompt] * count
+    prompt = xargs.prompt or ()
+    ends = [0, *accumulate(max(length, 0) for length in lengths)]
+    if ends[-1] != len(prompt):
+        raise ParametersError(f"{PREFIX}prompt_lengths: they add up to {ends[-1]}, not to {len(prompt)}")
+    return [
+        None if length == _NO_PROMPT else prompt[start:end]
+        for length, (start, end) in zip(lengths, pairwise(ends), strict=True)
+    ]

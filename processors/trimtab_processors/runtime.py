@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from trimtab_processors.alignment import Alignment, dropped_tokens
 from trimtab_processors.control import Control, Target
 from trimtab_processors.model import CachedSequence, ControlModel
 from trimtab_processors.settings import DEFAULT_CACHE_BYTES
-from trimtab_processors.shift import add_shift, scaled
+from trimtab_processors.shift import add_shift, guarded, scaled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -122,11 +123,30 @@ class Runtime:
             neutral: how unmapped tokens are shifted, see `PmMined`.
         """
         self._target = target
-        self._controls = {
-            name: Control(name, location, target, tables=tables, cache_bytes=cache_bytes, neutral=neutral)
-            for name, location in controls.items()
-        }
+        self._make = partial(Control, target=target, tables=tables, cache_bytes=cache_bytes, neutral=neutral)
+        self._controls = {name: self.load(name, location) for name, location in controls.items()}
         self._shifts: list[Shift] = []
+
+    @property
+    def controls(self) -> Sequence[Control]:
+        """Those that a request may name."""
+        return [*self._controls.values()]
+
+    def load(self, name: str, location: str) -> Control:
+        """Make a control ready, in whatever thread; nobody has it before `install`.
+
+        Raises:
+            PackError, VocabularyError: the pack can't be used; the message names it and the reason.
+        """
+        return self._make(name, location)
+
+    def install(self, control: Control) -> None:
+        """Let requests name `control`, between two steps."""
+        self._controls[control.name] = control
+
+    def unload(self, name: str) -> None:
+        """Let no further request name a control, between two steps; it goes with the last that has it."""
+        self._controls.pop(name, None)
 
     def open(self, parameters: Parameters, prompt: Sequence[int], output: list[int]) -> Request | None:
         """Take a request up, anew or resumed with the `output` that it has already.
@@ -181,18 +201,22 @@ class Runtime:
             strengths = torch.tensor([request.strength for request in steered], device=self._target.device)
             yield Shift(control, steered, *scaled(control.routing.shift(torch.stack(rows)), strengths))
 
-    def apply(self, logits: Tensor, requests: Mapping[int, Request]) -> None:
+    def apply(self, logits: Tensor, requests: Mapping[int, Sequence[Request]]) -> None:
         """Shift `logits`, float [rows, width], in place.
 
         Args:
             logits: those of the target.
-            requests: the requests of the last step, by their row.
+            requests: the requests of the last step, by their row; several of one row are summed.
         """
-        row_of = {request: row for row, request in requests.items()}
+        row_of = {request: row for row, of_row in requests.items() for request in of_row}
+        added = []
         for shift in self._shifts:
             rows = [row_of[request] for request in shift.requests]
-            add_shift(logits, rows, shift.values, [request.top_k for request in shift.requests])
+            top_ks = [request.top_k for request in shift.requests]
+            added.append((rows, guarded(shift.values, logits, rows, top_ks)))
             self._count_rows(shift)
+        for rows, values in added:  # not before every guard has seen the target's own logits
+            add_shift(logits, rows, values)
 
     @contextmanager
     def holding_up(self) -> Iterator[None]:

@@ -10,12 +10,15 @@ import json
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trimtab_processors.pack import ControlName, load_pack
 from trimtab_processors.parameters import Parameters, ParametersError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 KEY = "trimtab"
 DEFAULT_TABLES = Path("~/.cache/trimtab/tables")
@@ -35,6 +38,8 @@ class PluginSettings(BaseModel):
     """The keys and values of each control, in bytes."""
     control_cpus: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Cores on which the controls run beside the target's forward; none: before it, on the engine's own."""
+    control_roots: tuple[Path, ...] = ()
+    """Directories below which controls may be loaded while the engine runs; none: no control is loaded."""
     neutral: bool = True
     """Unmapped tokens get the mean shift; false: none, as in the reference implementation."""
 
@@ -69,6 +74,18 @@ def command_line_settings() -> PluginSettings | None:
 
 
 @cache
+def known_controls() -> dict[str, str] | None:
+    """The controls that a request may name, and where their packs are: those of the command line, and what
+    was loaded since.
+
+    Returns:
+        None where the process does not know, see `command_line_settings`.
+    """
+    settings = command_line_settings()
+    return None if settings is None else dict(settings.controls)
+
+
+@cache
 def control_vocab_size(location: str) -> int:
     """The least vocabulary of the models of the pack at `location`."""
     from transformers import AutoConfig  # noqa: PLC0415 - heavy: only where it is used
@@ -77,15 +94,15 @@ def control_vocab_size(location: str) -> int:
     return min(int(config.get_text_config().vocab_size) for config in configs)
 
 
-def validate(parameters: Parameters, settings: PluginSettings) -> None:
-    """Hold a request's parameters against the controls that there are.
+def validate(parameters: Parameters, controls: Mapping[str, str]) -> None:
+    """Hold a request's parameters against the controls that there are, name to pack.
 
     Raises:
         ParametersError: the control is unknown, or its prompt has a token that it does not.
     """
-    location = settings.controls.get(parameters.control)
+    location = controls.get(parameters.control)
     if location is None:
-        known = ", ".join(sorted(settings.controls)) or "none"
+        known = ", ".join(sorted(controls)) or "none"
         raise ParametersError(f"trimtab_control: no control {parameters.control!r} here, there is: {known}")
     if parameters.prompt and (highest := max(parameters.prompt)) >= control_vocab_size(location):
         raise ParametersError(

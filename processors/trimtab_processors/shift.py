@@ -86,25 +86,31 @@ def scaled(shift: Tensor, strengths: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(finite[:, None], product, 0.0), finite
 
 
-def add_shift(logits: Tensor, rows: Sequence[int], shift: Tensor, most: Sequence[int]) -> None:
+def guarded(shift: Tensor, logits: Tensor, rows: Sequence[int], most: Sequence[int]) -> Tensor:
+    """`shift` with 0 for all but the likeliest tokens, where a request asks for that.
+
+    Args:
+        shift: float32 [requests, target vocabulary].
+        logits: float [rows, target vocabulary], before anything is added to them.
+        rows: [requests], where each request's logits are.
+        most: [requests], of each request only the so many likeliest tokens are shifted; 0: all of them.
+    """
+    places = [place for place, limit in enumerate(most) if limit]
+    if not places:
+        return shift
+    limits = torch.tensor([most[place] for place in places], device=logits.device)
+    own = logits[[rows[place] for place in places]]
+    shift = shift.clone()
+    shift[places] = of_likeliest(own, shift[places], limits, max(most))
+    return shift
+
+
+def add_shift(logits: Tensor, rows: Sequence[int], shift: Tensor) -> None:
     """Add `shift[i]`, float32 [requests, target vocabulary], to row `rows[i]` of `logits`, in place.
 
     -inf in the logits (a grammar's mask) stays -inf.
-
-    Args:
-        logits: float [rows, target vocabulary].
-        rows: [requests], where each request's logits are.
-        shift: what is added.
-        most: [requests], of each request only the so many likeliest tokens are shifted; 0: all of them.
     """
-    index = torch.tensor(rows, device=logits.device)
-    guarded = [place for place, limit in enumerate(most) if limit]
-    if guarded:
-        limits = torch.tensor([most[place] for place in guarded], device=logits.device)
-        own = logits[index[guarded]]
-        shift = shift.clone()
-        shift[guarded] = of_likeliest(own, shift[guarded], limits, max(most))
-    logits.index_add_(0, index, shift.to(logits.dtype))
+    logits.index_add_(0, torch.tensor(rows, device=logits.device), shift.to(logits.dtype))
 
 
 def of_likeliest(logits: Tensor, shift: Tensor, limits: Tensor, most: int) -> Tensor:

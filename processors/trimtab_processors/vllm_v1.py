@@ -63,7 +63,8 @@ class ControlProcessor(LogitsProcessor):
             cache_bytes=settings.cache_bytes,
             neutral=settings.neutral,
         )
-        self._requests: dict[int, Request] = {}
+        self._requests: dict[int, tuple[Request, ...]] = {}
+        """By row; several of one row are summed."""
         self._worker = Worker(settings.control_cpus)
         logger.info(
             "trimtab: V1 model runner on %s, alignment `retokenize`, control's forward %s, controls: %s",
@@ -88,7 +89,8 @@ class ControlProcessor(LogitsProcessor):
             for source, destination, direction in batch_update.moved:
                 self._move(source, destination, direction)
         if self._requests:
-            self._worker.start(partial(self._runtime.step, list(self._requests.values())))
+            requests = [request for of_row in self._requests.values() for request in of_row]
+            self._worker.start(partial(self._runtime.step, requests))
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Shift float32 [requests, vocabulary] in place."""
@@ -101,19 +103,23 @@ class ControlProcessor(LogitsProcessor):
     def _open(self, index: int, params: SamplingParams, prompt: list[int] | None, output: list[int]) -> None:
         # vLLM does not report as removed a request whose place a new one takes in the same step.
         self._close(index)
-        parameters = parse_xargs(params.extra_args)
-        if parameters and (request := self._runtime.open(parameters, prompt or [], output)):
-            self._requests[index] = request
+        opened = [
+            self._runtime.open(parameters, prompt or [], output)
+            for parameters in parse_xargs(params.extra_args)
+        ]
+        if requests := tuple(request for request in opened if request):
+            self._requests[index] = requests
 
     def _close(self, index: int) -> None:
-        if request := self._requests.pop(index, None):
+        for request in self._requests.pop(index, ()):
             self._runtime.close(request)
 
     def _move(self, source: int, destination: int, direction: MoveDirectionality) -> None:
-        moving, replaced = self._requests.pop(source, None), self._requests.pop(destination, None)
+        moving, replaced = self._requests.pop(source, ()), self._requests.pop(destination, ())
         if moving:
             self._requests[destination] = moving
         if replaced and direction == MoveDirectionality.SWAP:
             self._requests[source] = replaced
-        elif replaced:
-            self._runtime.close(replaced)
+        else:
+            for request in replaced:
+                self._runtime.close(request)

@@ -55,7 +55,7 @@ class Choice:
         ids = None if chat is None or prompter is None else await asyncio.to_thread(prompter.encode, chat)
         prompt = None if ids is None else tuple(ids)
         name = self.control.name
-        return to_xargs(Parameters(control=name, strength=self.strength, prompt=prompt, top_k=self.top_k))
+        return to_xargs([Parameters(control=name, strength=self.strength, prompt=prompt, top_k=self.top_k)])
 
 
 class Selection(BaseModel):

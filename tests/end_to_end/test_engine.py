@@ -413,8 +413,8 @@ def test_an_abort_in_mid_stream_gives_every_block_back(world, server):
     """As soon as the client is gone, whatever else runs."""
     before = server.metric("trimtab_controlled_tokens_total", control="other")
     prompt = prompts(world, 1, seed=15)[0]
-    tokens = tiny.CONTEXT - len(prompt)
-    body = {"ignore_eos": True, "n": MOST, "temperature": 1.0, "seed": 3}  # takes seconds
+    tokens, answers = tiny.CONTEXT - len(prompt), 8 * MOST  # of which MOST run at once: it takes many seconds
+    body = {"ignore_eos": True, "n": answers, "temperature": 1.0, "seed": 3}
     ask = ask_for(world, "other", prompt, tokens=tokens, body=body)
     with client(server) as api, api.completions.create(**ask.request(), stream=True) as stream:
         for _, chunk in zip(range(3), stream, strict=False):
@@ -424,7 +424,37 @@ def test_an_abort_in_mid_stream_gives_every_block_back(world, server):
     while (used := server.metric("trimtab_blocks_in_use")) and time.monotonic() < deadline:
         complete(server, Ask(ask.prompt, tokens=2))  # an idle engine takes no step
     assert used == 0
-    assert 3 <= server.metric("trimtab_controlled_tokens_total", control="other") - before < MOST * tokens
+    assert 3 <= server.metric("trimtab_controlled_tokens_total", control="other") - before < answers * tokens
+
+
+def test_the_shifts_of_several_controls_are_summed(world, server):
+    """Each at its own strength, with its own prompt or the target's, and its own guard, which sees the target's
+    own logits."""
+    prompt = prompts(world, 1, seed=16)[0]
+    given = [("other", 1.0, 0), ("chars", -0.5, 7), ("pair", 0.7, 0)]
+    own = {name: own_prompt(world, name) for name in ("other", "chars")}
+    xargs = {
+        "trimtab_control": [name for name, _, _ in given],
+        "trimtab_strength": [strength for _, strength, _ in given],
+        "trimtab_top_k": [top_k for _, _, top_k in given],
+        "trimtab_prompt": own["other"] + own["chars"],
+        "trimtab_prompt_lengths": [len(own["other"]), len(own["chars"]), -1],
+    }
+    ask = Ask(prompt, tokens=24)
+    request = ask.request()
+    request["extra_body"]["vllm_xargs"] = xargs
+    with client(server) as api:
+        choices = api.completions.create(**request).choices
+    output = choices[0].token_ids
+    text = world.model.tokenizer.decode(prompt)
+    own["pair"] = world.references["pair"].control.tokenizer.encode(text)
+    added = torch.zeros(len(output), len(world.model.logits(prompt)))
+    plain = expected_logits(world, ask, output)
+    for name, strength, top_k in given:
+        steered = Ask(prompt, name, strength, own[name], top_k)
+        for position, logits in enumerate(expected_logits(world, steered, output)):
+            added[position] += logits - plain[position]
+    check(world, ask, choices[0], lambda logits, so_far: logits + added[len(so_far)])
 
 
 SCHEMA = {

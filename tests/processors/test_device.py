@@ -47,7 +47,9 @@ class Engine:
         self.texts[slot] = []
         self.history.length[slot] = 0
         self.write(slot, [*prompt, *output])
-        return self.runtime.open(slot, parameters, len(prompt), len(prompt) + len(output))
+        return self.runtime.open(
+            slot, [parameters] if parameters else [], len(prompt), len(prompt) + len(output)
+        )
 
     def write(self, slot, tokens):
         start = len(self.texts[slot])
@@ -67,8 +69,11 @@ class Engine:
         self.runtime.apply(logits, self.batch(slots))
         return dict(zip(slots, logits, strict=True))
 
+    def control(self, number=0):
+        return [*self.runtime._controls.values()][number]
+
     def context(self, slot, number=0):
-        contexts = self.runtime._controls[number].contexts
+        contexts = self.control(number).contexts
         return contexts.tokens[slot, : contexts.length[slot]].tolist()
 
 
@@ -222,7 +227,7 @@ def test_a_full_pool_costs_time_and_nothing_else(family, pair, tmp_path):
     prompts = {slot: [rng.randrange(3, 400) for _ in range(60)] for slot in range(4)}
     for slot, own in prompts.items():
         engine.add(slot, [5], Parameters(control="control", prompt=own))
-    blocks = engine.runtime._controls[0].blocks
+    blocks = engine.control().blocks
     for _ in range(25):
         shifts = engine.step(slots := rng.sample(range(4), rng.randint(1, 4)))
         assert blocks.pool.used <= 1 + CONTEXT // device.BLOCK_SIZE
@@ -231,7 +236,7 @@ def test_a_full_pool_costs_time_and_nothing_else(family, pair, tmp_path):
             close(shifts[slot], slow.shift(slow.context([5], prompts[slot], output)))
             engine.write(slot, tokens_of(rng, engine, 1))
     for slot in range(4):
-        engine.runtime.open(slot, None, 1, 1)
+        engine.runtime.open(slot, (), 1, 1)
     assert blocks.pool.used == 1
     assert blocks.table.max() == 0
 
@@ -269,7 +274,7 @@ def test_large_steps_are_cut_into_what_memory_has_room_for(family, tmp_path, mon
 def test_a_long_context_does_not_make_short_ones_attend_to_as_much(family, tmp_path):
     """Contexts of like length are attended together, new ones and growing ones."""
     engine = crowd(family, tmp_path)
-    slack = 2 * engine.runtime._controls[0].contexts._segments.longest  # the host knows lengths late
+    slack = 2 * engine.control().contexts._segments.longest  # the host knows lengths late
     for _ in range(2):
         _, (groups,) = laid_out(engine)
         assert 1 < len(groups) < 8
@@ -354,7 +359,7 @@ def test_nothing_is_computed_for_a_request_that_left(family, tmp_path):
     engine.step()
     engine.add(1, [5], STEERED)
     for slot in (0, 1):
-        engine.runtime.open(slot, None, 1, 1)
+        engine.runtime.open(slot, (), 1, 1)
     with mock.patch.object(ControlModel, "forward") as counted:
         engine.runtime.begin()
     assert not counted.called
@@ -364,7 +369,7 @@ def test_the_host_knows_nearly_how_long_contexts_are(family, tmp_path):
     """Never less than there is, and no more than a few steps of the longest tokens."""
     engine, rng = Engine(family.b, {"control": family.control}, tmp_path, slots=2), random.Random(6)
     engine.add(0, [5], STEERED)
-    contexts = engine.runtime._controls[0].contexts
+    contexts = engine.control().contexts
     for step in range(80):
         if step in {30, 50}:
             engine.add(1, [6] * step, STEERED)
@@ -399,7 +404,7 @@ def broken(directory, place):
 def test_what_is_not_finite_in_one_slots_blocks_reaches_no_later_owner(family, tmp_path):
     """Blocks go from request to request, and a context that is masked is multiplied all the same."""
     engine = Engine(family.a, {"control": family.control}, tmp_path, cache_bytes=1)
-    (control,) = engine.runtime._controls
+    control = engine.control()
     control.control.parts[0].model._model.get_input_embeddings().weight[7] = torch.nan
     engine.add(0, [5], Parameters(control="control", prompt=(7,) * 40))
     assert not engine.step()[0].any()
@@ -458,7 +463,7 @@ def test_the_parts_of_a_pack_are_summed_by_their_weights(family, tmp_path):
     engine.add(0, [5], Parameters(control="pack", prompt=(3, 4, 5)))
     engine.step()
     engine.write(0, [300, 301])
-    engine.runtime._controls[0].contexts.expect(np.array([0]), 2)
+    engine.control().contexts.expect(np.array([0]), 2)
     shifts = [Segments(Model(family.b), Model(place)) for place in (family.control, family.a)]
     expected = [s.shift(s.context([5], [3, 4, 5], [300, 301])) for s in shifts]
     close(engine.step()[0], 1.5 * expected[0] - 0.5 * expected[1])
@@ -476,7 +481,7 @@ def test_a_control_that_is_not_there_steers_nothing(family, tmp_path):
 def test_a_table_that_spells_with_tokens_that_the_model_lacks_is_refused(family, tmp_path):
     """At start: on a GPU such a token would end the engine."""
     engine = Engine(family.b, {"control": family.control}, tmp_path)
-    control = engine.runtime._controls[0].control
+    control = engine.control().control
     fake = SimpleNamespace(
         name="control",
         table=SimpleNamespace(segment_ids=np.array([600])),

@@ -56,7 +56,7 @@ class Steered:
 
     @property
     def sequences(self):
-        return [sequence for r in self.processor._requests.values() for sequence in r.sequences]
+        return [sequence for (r,) in self.processor._requests.values() for sequence in r.sequences]
 
     @property
     def left_alone(self):
@@ -212,7 +212,7 @@ def test_a_row_whose_control_is_not_finite_is_left_alone_and_counted_once(steere
         for batch in history(steered, data):
             logits = logits_of(steered, data, batch.rows)
             shifted = steered.processor.apply(logits.clone())
-            requests = steered.processor._requests
+            requests = {row: request for row, (request,) in steered.processor._requests.items()}
             hit = [row for row, request in requests.items() if request.sequences[0] in broken]
             steered.check(batch.rows, logits, shifted, hit)
             lengths = {request: len(batch.rows[row].output) for row, request in requests.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -12,20 +13,56 @@ from trimtab_processors.parameters import Parameters, ParametersError, parse_xar
 
 def test_a_request_that_says_nothing_to_trimtab_has_no_control():
     """Keys of other processors are theirs."""
-    assert parse_xargs(None) is None
-    assert parse_xargs({"other": 1}) is None
+    assert parse_xargs(None) == ()
+    assert parse_xargs({"other": 1}) == ()
 
 
 def test_parameters_come_back_from_what_the_gateway_writes():
     """Flat keys and plain types; what is absent is not written."""
     full = Parameters(control="manners", strength=0.5, prompt=(1, 2))
-    assert to_xargs(full) == {
+    assert to_xargs([full]) == {
         "trimtab_control": "manners",
         "trimtab_strength": 0.5,
         "trimtab_prompt": [1, 2],
     }
-    for parameters in (full, Parameters(control="manners")):
-        assert parse_xargs({"other": 1} | to_xargs(parameters)) == parameters
+    for parameters in (full, Parameters(control="manners"), Parameters(control="manners", prompt=())):
+        assert parse_xargs({"other": 1} | to_xargs([parameters])) == (parameters,)
+
+
+@pytest.mark.parametrize("strengths", [(None, None, None), (0.5, -1.0, 2.0)])
+def test_several_controls_travel_as_lists(strengths):
+    """With a prompt of its own, an empty one, and none."""
+    several = tuple(
+        Parameters(control=name, strength=strength, prompt=prompt, top_k=top_k)
+        for name, strength, prompt, top_k in zip(
+            ["a", "b", "c"], strengths, [(1, 2), None, ()], [None, 5, None], strict=True
+        )
+    )
+    xargs = to_xargs(several)
+    assert all(
+        type(value) is list and {type(item) for item in value} <= {str, int, float}
+        for value in xargs.values()
+    )
+    assert parse_xargs(xargs) == several
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"trimtab_strength": 1.0}, "trimtab_strength: 1 values for 2 controls"),
+        ({"trimtab_top_k": [1, 2, 3]}, "trimtab_top_k: 3 values for 2 controls"),
+        ({"trimtab_prompt": [1]}, "trimtab_prompt_lengths: needed, since 2 controls share the prompt"),
+        ({"trimtab_prompt": [1], "trimtab_prompt_lengths": [1, 1]}, "they add up to 2, not to 1"),
+        ({"trimtab_prompt_lengths": [1, 1]}, "they add up to 2, not to 0"),
+        ({"trimtab_control": ["x", "x"]}, "a control stands twice in"),
+        ({"trimtab_control": []}, "trimtab_control"),
+        ({"trimtab_control": [f"x{i}" for i in range(9)]}, "trimtab_control"),
+        ({"trimtab_strength": [1.0, float("nan")]}, "trimtab_strength.1"),
+    ],
+)
+def test_lists_that_do_not_fit_together_are_refused(more, said):
+    with pytest.raises(ParametersError, match=re.escape(said)):
+        parse_xargs({"trimtab_control": ["x", "y"]} | more)
 
 
 @pytest.mark.parametrize(

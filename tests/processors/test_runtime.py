@@ -38,7 +38,7 @@ class Engine:
         steered = [request for _, _, request in self.running.values() if request]
         self.runtime.step(steered)
         logits = torch.stack([self.model.logits(p + o) for p, o, _ in self.running.values()])
-        self.runtime.apply(logits, {i: r for i, (_, _, r) in enumerate(self.running.values()) if r})
+        self.runtime.apply(logits, {i: [r] for i, (_, _, r) in enumerate(self.running.values()) if r})
         for (_, output, _), token in zip(self.running.values(), logits.argmax(dim=1).tolist(), strict=True):
             output.append(token)
 

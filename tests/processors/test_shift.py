@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trimtab_processors.shift import PmMined, add_shift, scaled
+from trimtab_processors.shift import PmMined, add_shift, guarded, scaled
 
 MAPPING = np.array([2, 0, -1, 1], dtype=np.int32)
 ROW = torch.tensor([[1.0, 2.0, 6.0]])
@@ -58,7 +58,7 @@ def test_the_objectives_of_training_are_one_distribution_at_inference():
 def shifted(logits, rows, shift, strengths, most=None):
     """What a step does: scale, then add; which rows were finite."""
     values, finite = scaled(torch.tensor(shift), torch.tensor(strengths))
-    add_shift(logits, rows, values, most or [0] * len(rows))
+    add_shift(logits, rows, guarded(values, logits, rows, most or [0] * len(rows)))
     return finite.tolist()
 
 

@@ -16,6 +16,8 @@ from serving import ENGINE, engine_environment, gateway, get_json
 
 pytestmark = pytest.mark.engine
 
+FEW_AT_ONCE = ENGINE | {"max-num-seqs": 8}
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
@@ -27,7 +29,7 @@ def url(family, directory):
     config = {
         "controls": {"control": str(family.control)},
         "tables": str(directory / "tables"),
-        "models": {"a": {"model": str(family.a), "args": ENGINE, "env": engine_environment(0)}},
+        "models": {"a": {"model": str(family.a), "args": FEW_AT_ONCE, "env": engine_environment(0)}},
     }
     with gateway(directory, config) as url:
         yield url
@@ -96,7 +98,7 @@ def test_vllms_other_endpoints_answer(url):
 
 
 def test_a_client_that_goes_away_ends_the_generation_in_the_engine(client, url):
-    answers, tokens = 32, 200
+    answers, tokens = 128, 200  # of which few run at once: it takes many seconds
     before = sample(url, "vllm:generation_tokens_total", model_name="a")
     with ask(client, stream=True, n=answers, temperature=1, max_tokens=tokens) as stream:
         next(iter(stream))
