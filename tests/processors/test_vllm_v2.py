@@ -16,6 +16,7 @@ from vllm.exceptions import VLLMValidationError
 from reference import Model
 from runner import Job, Runner, Segments, configuration, request_state
 from tiny import sentences
+from trimtab_processors.parameters import Parameters, parse_xargs, to_xargs
 from trimtab_processors.settings import command_line_settings
 from trimtab_processors.vllm_v2 import ControlProcessor
 
@@ -23,42 +24,45 @@ TOKENS = 14
 
 
 def jobs(target, controls, count, seed=0):
-    """Requests with and without control, with and without a prompt of the control's own."""
+    """Requests with no, one or several controls, with and without a prompt of the control's own."""
     rng = random.Random(seed)
+
+    def parameters(control):
+        own = tuple(rng.randrange(3, 500) for _ in range(rng.randint(1, 30)))
+        return Parameters(
+            control=control,
+            strength=rng.choice([0.5, -1.0]),
+            prompt=rng.choice([own, None]),
+            top_k=rng.choice([None, None, 1, 7, 1024]),
+        )
+
     made = []
     for number, text in enumerate(sentences(count, seed=seed + 3)):
-        xargs = None
-        if number % 4:
-            xargs = {
-                "trimtab_control": rng.choice(list(controls)),
-                "trimtab_strength": rng.choice([0.5, -1.0]),
-            }
-            if rng.random() < 0.3:
-                xargs["trimtab_top_k"] = rng.choice([1, 7, 1024])
-            if rng.random() < 0.5:
-                xargs["trimtab_prompt"] = [rng.randrange(3, 500) for _ in range(rng.randint(1, 30))]
+        names = rng.sample(list(controls), rng.randint(1, len(controls)))
+        xargs = to_xargs([*map(parameters, names)]) if number % 4 else None
         prompt = [target.tokenizer.bos_token_id] * (number % 2) + target.tokenizer.encode(text)
         made.append(Job(f"request-{number}", prompt, xargs, TOKENS))
     return made
 
 
-def guarded(row, shift):
-    """The shift of the likeliest tokens, where the request says of how many."""
-    likeliest = row.before.argsort(descending=True)[: row.job.xargs.get("trimtab_top_k")]
+def guarded(row, shift, top_k):
+    """The shift of the target's own likeliest tokens, where the request says of how many."""
+    likeliest = row.before.argsort(descending=True)[:top_k]
     return torch.zeros_like(shift).scatter(0, likeliest, shift[likeliest])
 
 
 def check(rows, references):
-    """Every row that is sampled from has the shift of the slow reference; no other request's has changed."""
+    """Every row that is sampled from has the slow references' shifts; no other request's has changed."""
     checked = 0
     for row in rows:
         if row.job.xargs is None:
             assert torch.equal(row.before, row.after)
         elif row.sampled:
-            reference = references[row.job.xargs["trimtab_control"]]
-            own = row.job.xargs.get("trimtab_prompt")
-            shift = reference.shift(reference.context(row.job.prompt, own, row.output))
-            expected = row.before + row.job.xargs["trimtab_strength"] * guarded(row, shift)
+            expected = row.before.clone()
+            for each in parse_xargs(row.job.xargs):
+                reference = references[each.control]
+                shift = reference.shift(reference.context(row.job.prompt, each.prompt and [*each.prompt], row.output))
+                expected += each.strength * guarded(row, shift, each.top_k)
             torch.testing.assert_close(row.after, expected, atol=1e-4, rtol=1e-4)
             checked += 1
     return checked
@@ -89,7 +93,9 @@ def test_controls_of_different_tokenizers_steer_side_by_side(family, tmp_path, d
     )
     references = {name: Segments(target, Model(place)) for name, place in controls.items()}
     made = jobs(target, controls, 8, seed=1)
-    assert {job.xargs["trimtab_control"] for job in made if job.xargs} == {"control", "other"}
+    named = [{each.control for each in parse_xargs(job.xargs)} for job in made if job.xargs]
+    assert {"control", "other"} in named
+    assert any(len(names) == 1 for names in named)
     check(chain(*runner.run(made)), references)
 
 
