@@ -1,4 +1,4 @@
-"""A server with vLLM's interface and no model, as a process of its own or inside a test.
+"""A server with vLLM's interface and the plugin's, and no model; as a process of its own or inside a test.
 
 What it does on a request stands in the request's field `fake`; what it has seen, `GET /fake/seen` tells.
 """
@@ -13,12 +13,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from aiohttp import web
 
 SEEN = web.AppKey("seen", dict)
 NAME = web.AppKey("name", str)
+CONTROLS = web.AppKey("controls", list)
 METRICS = """\
 # HELP vllm:prompt_tokens_total Number of prefill tokens processed.
 # TYPE vllm:prompt_tokens_total counter
@@ -35,12 +37,14 @@ http_request_duration_seconds_sum{{handler="/x"}} 0.5
 """
 
 
-def make_app(name: str) -> web.Application:
-    app = web.Application(client_max_size=2**30)
+def make_app(name: str, controls: Iterable[str] = (), key: str | None = None) -> web.Application:
+    app = web.Application(client_max_size=2**30, middlewares=[] if key is None else [_behind(key)])
     app[NAME] = name
+    app[CONTROLS] = list(controls)
     app[SEEN] = {"requests": [], "aborted": 0}
     app.router.add_get("/health", health)
     app.router.add_get("/v1/models", models)
+    app.router.add_get("/v1/controls", list_controls)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/fake/seen", seen)
     app.router.add_post("/v1/chat/completions", generate)
@@ -57,6 +61,27 @@ async def health(_: web.Request) -> web.Response:
 async def models(request: web.Request) -> web.Response:
     data = [{"id": request.app[NAME], "object": "model", "owned_by": "vllm", "max_model_len": 256}]
     return web.json_response({"object": "list", "data": data})
+
+
+async def list_controls(request: web.Request) -> web.Response:
+    """Without controls there is no plugin, and without that no such endpoint."""
+    if not request.app[CONTROLS]:
+        raise web.HTTPNotFound
+    data = [{"id": name, "object": "control"} for name in request.app[CONTROLS]]
+    return web.json_response({"object": "list", "data": data})
+
+
+def _behind(key: str) -> Any:
+    """vLLM's `--api-key`, which guards what is below /v1."""
+
+    @web.middleware
+    async def require_key(request: web.Request, handler: Any) -> web.StreamResponse:
+        given = request.headers.get("authorization")
+        if request.path.startswith("/v1") and given != f"Bearer {key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        return await handler(request)
+
+    return require_key
 
 
 async def metrics(request: web.Request) -> web.Response:
@@ -137,6 +162,9 @@ def main() -> None:
     """Take vLLM's flags; the environment says how to misbehave."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--uds")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--api-key")
+    parser.add_argument("--additional-config", type=json.loads, default={})
     parser.add_argument("--served-model-name")
     parser.add_argument("--model")
     known, _ = parser.parse_known_args()
@@ -150,7 +178,10 @@ def main() -> None:
         child = subprocess.Popen([sys.executable, "-c", stubborn])
         print(f"child {child.pid}", flush=True)
     time.sleep(float(os.environ.get("FAKE_START_SECONDS", "0")))
-    web.run_app(make_app(known.served_model_name), path=known.uds, print=None, handler_cancellation=True)
+    controls = known.additional_config.get("trimtab", {}).get("controls", ())
+    app = make_app(known.served_model_name, controls, known.api_key)
+    place = {"path": known.uds} if known.uds else {"host": "127.0.0.1", "port": known.port}
+    web.run_app(app, **place, print=None, handler_cancellation=True)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,11 @@ from typing import Any
 from trimtab_processors.settings import KEY as PLUGIN_KEY
 from trimtab_processors.settings import PluginSettings
 from trimtab_server.settings import (
-    ADMIN_KEYS_VARIABLE,
-    API_KEYS_VARIABLE,
     CONTROL_PROCESSOR,
     CONTROL_PROCESSORS,
     RUNNER_VARIABLE,
     ModelSettings,
+    Replica,
     Settings,
 )
 
@@ -35,17 +34,18 @@ _CONTROL_FLAGS: Mapping[str, Mapping[str, Any]] = {
 }
 _DEFAULT_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 PRIVATE_VLLM_KEY = "VLLM_API_KEY"
-_PRIVATE_VARIABLES = (ADMIN_KEYS_VARIABLE, API_KEYS_VARIABLE, PRIVATE_VLLM_KEY)
+_PRIVATE_PREFIX = "TRIMTAB_"
+"""Of the gateway's own variables, with keys and passwords among them."""
 
 
-def worker_command(settings: Settings, name: str, socket: Path) -> list[str]:
-    """The command line of the worker that serves the model `name` on the unix socket `socket`."""
+def worker_command(settings: Settings, name: str, replica: Replica, socket: Path) -> list[str]:
+    """The command line of a worker that serves the model `name` on the unix socket `socket`."""
     model = settings.models[name]
     controls = settings.controls_of(name)
     processors = _processors(model, controls)
     controlled = CONTROL_PROCESSORS[model.runner] in processors
     defaults = {**_DEFAULT_FLAGS, **(_CONTROL_FLAGS[model.runner] if controlled else {})}
-    command = [*(model.command or VLLM), *_flags({**defaults, **model.args})]
+    command = [*(model.command or VLLM), *_flags({**defaults, **model.args, **replica.args})]
     # Last, since the last of two equal flags wins, whatever abbreviation the first one is written in.
     command += ["--model", str(model.model), "--served-model-name", name, "--uds", str(socket)]
     if processors:
@@ -56,15 +56,33 @@ def worker_command(settings: Settings, name: str, socket: Path) -> list[str]:
     return command
 
 
-def worker_environment(model: ModelSettings, directory: Path) -> dict[str, str]:
-    """The environment of a worker whose own files stand in `directory`."""
-    inherited = {key: value for key, value in os.environ.items() if key not in _PRIVATE_VARIABLES}
+def worker_environment(settings: Settings, name: str, replica: Replica, directory: Path) -> dict[str, str]:
+    """The environment of a worker of the model `name` whose own files stand in `directory`."""
+    model = settings.models[name]
+    private = {PRIVATE_VLLM_KEY, *_key_variables(settings)}
+    inherited = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in private and not key.startswith(_PRIVATE_PREFIX)
+    }
     own = {
         "PROMETHEUS_MULTIPROC_DIR": str(directory / "metrics"),
         "VLLM_RPC_BASE_PATH": str(directory),
         RUNNER_VARIABLE: str(int(model.runner == "v2")),
     }
-    return {**inherited, **_DEFAULT_ENVIRONMENT, **model.env, **own}
+    return {**inherited, **_DEFAULT_ENVIRONMENT, **model.env, **replica.env, **_hardware(replica), **own}
+
+
+def _key_variables(settings: Settings) -> Iterator[str]:
+    """Where the keys of workers elsewhere are."""
+    for model in settings.models.values():
+        yield from (replica.key_variable for replica in model.replicas if replica.key_variable)
+
+
+def _hardware(replica: Replica) -> dict[str, str]:
+    devices = None if replica.devices is None else ",".join(map(str, replica.devices))
+    variables = {"CUDA_VISIBLE_DEVICES": devices, "VLLM_CPU_OMP_THREADS_BIND": replica.cpus}
+    return {name: value for name, value in variables.items() if value is not None}
 
 
 def _given(plugin: PluginSettings) -> dict[str, Any]:

@@ -60,8 +60,17 @@ class UnsupportedMediaTypeError(BadRequestError):
     code = "unsupported_media_type"
 
 
+class RateLimitError(ApiError):
+    """The model has all the requests that it takes; type and code are those of OpenAI's limit of requests."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    kind = "requests"
+    code = "rate_limit_exceeded"
+    headers = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
+
+
 class WorkerUnavailableError(ApiError):
-    """The model's worker does not listen: it is starting, restarting, or has failed."""
+    """No worker of the model takes the request: it starts, restarts, or has failed; nothing was sent."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "model_not_ready"

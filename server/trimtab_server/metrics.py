@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 MODEL_LABEL = "model_name"
+REPLICA_LABEL = "replica"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -20,6 +21,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         by_request = (MODEL_LABEL, "endpoint")
+        by_worker = (MODEL_LABEL, REPLICA_LABEL)
         self.requests = Counter(
             "trimtab_gateway_requests",
             "Requests answered. Status 499: the client went away first.",
@@ -42,35 +44,52 @@ class Metrics:
         )
         self.in_flight = Gauge(
             "trimtab_gateway_requests_in_flight",
-            "Requests under way, by the model they are for.",
+            "Requests under way, by the model they are for; those that wait for their turn among them.",
+            (MODEL_LABEL,),
+            registry=self.registry,
+        )
+        self.queued = Gauge(
+            "trimtab_gateway_requests_queued",
+            "Requests that wait for their turn at the model.",
             (MODEL_LABEL,),
             registry=self.registry,
         )
         self.worker_up = Gauge(
             "trimtab_gateway_worker_up",
             "Whether the worker gave its metrics to this scrape.",
-            (MODEL_LABEL,),
+            by_worker,
+            registry=self.registry,
+        )
+        self.outstanding = Gauge(
+            "trimtab_gateway_worker_requests",
+            "Requests that the worker has and has not ended.",
+            by_worker,
             registry=self.registry,
         )
         self.restarts = Counter(
             "trimtab_gateway_worker_restarts",
             "Restarts of a worker that had ended by itself.",
-            (MODEL_LABEL,),
+            by_worker,
             registry=self.registry,
         )
 
-    def expose(self, scrapes: Mapping[str, str | None]) -> bytes:
+    def expose(self, scrapes: Mapping[str, Sequence[str | None]]) -> bytes:
         """The gateway's metrics and the workers', in Prometheus' text format.
 
+        A worker's samples are labelled with its model, and with its replica where the model has several.
+
         Args:
-            scrapes: the exposition of each model's worker, None where it gave none.
+            scrapes: the expositions of each model's workers, None where one gave none.
         """
-        parsed = {model: _parse(text) for model, text in scrapes.items()}
-        for model, families in parsed.items():
-            self.worker_up.labels(model).set(families is not None)
+        parsed = {model: [_parse(text) for text in texts] for model, texts in scrapes.items()}
+        for model, replicas in parsed.items():
+            for i, families in enumerate(replicas):
+                self.worker_up.labels(model, str(i)).set(families is not None)
         merged = {metric.name: metric for metric in self.registry.collect()}
-        for model, families in parsed.items():
-            _merge(merged, model, families or ())
+        for model, replicas in parsed.items():
+            for i, families in enumerate(replicas):
+                own = {REPLICA_LABEL: str(i)} if len(replicas) > 1 else {}
+                _merge(merged, model, own, families or ())
         registry = CollectorRegistry()
         registry.register(_Families(merged.values()))
         return generate_latest(registry)
@@ -91,13 +110,14 @@ def _parse(text: str | None) -> list[Metric] | None:
         return None
 
 
-def _merge(merged: dict[str, Metric], model: str, families: Iterable[Metric]) -> None:
+def _merge(merged: dict[str, Metric], model: str, own: Mapping[str, str], families: Iterable[Metric]) -> None:
     """Add a worker's families; one that has another type elsewhere is left out: a scrape can't hold both."""
     for family in families:
         whole = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
         if whole.type == family.type:
-            whole.samples.extend(_labelled(sample, model) for sample in family.samples)
+            whole.samples.extend(_labelled(sample, model, own) for sample in family.samples)
 
 
-def _labelled(sample: Sample, model: str) -> Sample:
-    return sample._replace(labels={MODEL_LABEL: model, **sample.labels})
+def _labelled(sample: Sample, model: str, own: Mapping[str, str]) -> Sample:
+    """What the sample says of its model holds; `own` tells replicas apart, whatever they say."""
+    return sample._replace(labels={MODEL_LABEL: model, **sample.labels, **own})

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from trimtab_server.errors import CLIENT_CLOSED_REQUEST, ApiError
 from trimtab_server.exchange import Exchange, exchange_of
 from trimtab_server.upstream import Answer, Call
-from trimtab_server.workers import Worker
+from trimtab_server.workers import Model
 
 Result = TypeVar("Result")
 HeaderPairs = Iterable[tuple[bytes, bytes]]
@@ -29,19 +29,21 @@ def call_of(request: Request, body: bytes) -> Call:
     return Call(request.method, target, request.headers.raw, body)
 
 
-async def relay(request: Request, worker: Worker, body: bytes, extra_headers: HeaderPairs = ()) -> Response:
-    """Send the request on to `worker`. A client that goes away closes the worker's connection at once.
+async def relay(
+    request: Request, model: Model, body: bytes, extra_headers: HeaderPairs = (), *, limited: bool = False
+) -> Response:
+    """Send the request on to a worker of `model`; where it is `limited`, when its turn has come.
+
+    A client that goes away leaves the line, or closes the worker's connection, at once.
 
     Raises:
-        WorkerUnavailableError, WorkerFailedError, WorkerTimeoutError: the worker gave no whole answer.
+        RateLimitError, WorkerUnavailableError, WorkerFailedError, WorkerTimeoutError: as of `Model.send`.
         ClientDisconnect: the client went away before the answer began.
     """
-    upstream = worker.require_ready()
+    model.require_ready()
     exchange = exchange_of(request)
-    call = call_of(request, body)
-    return await _unless_disconnected(
-        request, _answer(upstream.send(call, exchange.request_id), exchange, extra_headers)
-    )
+    sending = model.send(call_of(request, body), exchange.request_id, limited=limited)
+    return await _unless_disconnected(request, _answer(sending, exchange, extra_headers))
 
 
 async def _answer(

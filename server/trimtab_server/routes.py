@@ -20,8 +20,9 @@ from trimtab_server.errors import BadRequestError, UnauthorizedError, UnknownMod
 from trimtab_server.exchange import exchange_of
 from trimtab_server.metrics import Metrics
 from trimtab_server.relay import relay
+from trimtab_server.replicas import State
 from trimtab_server.settings import Settings
-from trimtab_server.workers import State, Worker, Workers
+from trimtab_server.workers import Model, Workers
 
 CHAT = "/v1/chat/completions"
 MODELS = "/v1/models"
@@ -38,8 +39,8 @@ class Gateway:
     workers: Workers
     metrics: Metrics
 
-    def worker(self, model: Any) -> Worker:
-        """The worker of a model; without a name, the only one.
+    def model(self, model: Any) -> Model:
+        """The model of this name; without a name, the only one.
 
         Raises:
             UnknownModelError: no model has this name.
@@ -92,13 +93,10 @@ async def health() -> JSONResponse:
 
 @open_routes.api_route("/ready", methods=["GET", "HEAD"])
 async def ready(here: Here) -> JSONResponse:
-    """Whether every worker answers, and which does not."""
-    states = await asyncio.gather(*(worker.probe() for worker in here.workers.values()))
-    models = {
-        worker.name: {"state": state, "restarts": worker.restarts}
-        for worker, state in zip(here.workers.values(), states, strict=True)
-    }
-    all_ready = all(state is State.READY for state in states)
+    """Whether every model has a worker that answers, and how each of them does."""
+    described = await asyncio.gather(*(model.describe() for model in here.workers.values()))
+    models = dict(zip(here.workers, described, strict=True))
+    all_ready = all(model["state"] is State.READY for model in described)
     body = {"status": "ready" if all_ready else "not ready", "models": models}
     return JSONResponse(body, 200 if all_ready else 503)
 
@@ -106,9 +104,11 @@ async def ready(here: Here) -> JSONResponse:
 @open_routes.get("/metrics")
 async def metrics(here: Here) -> Response:
     """The gateway's metrics and every worker's."""
-    scrapes = await _ask_all(here.workers, "/metrics")
+    models = here.workers.values()
+    scrapes = await asyncio.gather(*(model.probe_all("/metrics") for model in models))
     texts = {
-        model: None if body is None else body.decode(errors="replace") for model, body in scrapes.items()
+        model.name: [None if body is None else body.decode(errors="replace") for body in bodies]
+        for model, bodies in zip(models, scrapes, strict=True)
     }
     return Response(here.metrics.expose(texts), media_type=CONTENT_TYPE_LATEST)
 
@@ -121,16 +121,18 @@ async def controls(here: Here) -> JSONResponse:
 
 @routes.get(MODELS)
 async def models(here: Here) -> JSONResponse:
-    """The models of all workers that answer."""
-    answers = await _ask_all(here.workers, MODELS)
-    data = [model for body in answers.values() if body for model in json.loads(body)["data"]]
+    """The models that answer."""
+    answers = await asyncio.gather(*(model.probe(MODELS) for model in here.workers.values()))
+    data = [model for body in answers if body for model in json.loads(body)["data"]]
     return JSONResponse({"object": "list", "data": data})
 
 
 @routes.get(MODELS + "/{name:path}")
 async def model(here: Here, name: str) -> JSONResponse:
     """One model, as its worker describes it; vLLM itself has no such endpoint."""
-    body = await here.worker(name).require_ready().probe(MODELS)
+    model = here.model(name)
+    model.require_ready()
+    body = await model.probe(MODELS)
     if body is None:
         raise WorkerTimeoutError(f"The worker of {name!r} does not answer.", param="model")
     return JSONResponse(json.loads(body)["data"][0])
@@ -145,13 +147,13 @@ async def generate(request: Request, here: Here) -> Response:
     body = await read_body(request, here.settings.limits.body_bytes)
     require_json(request)
     payload = parse_object(body)
-    worker = _route(request, here, payload.get("model"))
+    model = _route(request, here, payload.get("model"))
     refuse_own_xargs(payload)
     has_field, wanted = FIELD in payload, payload.pop(FIELD, None)
-    choice = here.catalogue.choose(worker.name, wanted)
+    choice = here.catalogue.choose(model.name, wanted)
     if choice is not None:
         refuse_beam_search(payload)
-    worker.require_ready()
+    model.require_ready()
     if choice is not None:
         own = await choice.xargs(payload if request.scope["path"] == CHAT else None)
         payload[XARGS] = {**_xargs(payload), **own}
@@ -159,7 +161,7 @@ async def generate(request: Request, here: Here) -> Response:
     if choice is not None or has_field:
         body = json.dumps(payload).encode()
     header = (CONTROL_HEADER, (OFF if choice is None else str(choice)).encode())
-    return await relay(request, worker, body, [header])
+    return await relay(request, model, body, [header], limited=True)
 
 
 @routes.api_route("/{path:path}", methods=_METHODS)
@@ -176,17 +178,10 @@ async def forward(request: Request, here: Here) -> Response:
     return await relay(request, _route(request, here, model), body)
 
 
-async def _ask_all(workers: Workers, path: str) -> dict[str, bytes | None]:
-    """What the workers answer to a GET; None for those that are not up, or not in time."""
-    asked = {name: worker.upstream for name, worker in workers.items() if worker.state is State.READY}
-    bodies = await asyncio.gather(*(upstream.probe(path) for upstream in asked.values()))
-    return {**dict.fromkeys(workers), **dict(zip(asked, bodies, strict=True))}
-
-
-def _route(request: Request, here: Gateway, model: Any) -> Worker:
-    worker = here.worker(model)
-    exchange_of(request).routed(worker.name)
-    return worker
+def _route(request: Request, here: Gateway, name: Any) -> Model:
+    model = here.model(name)
+    exchange_of(request).routed(model.name)
+    return model
 
 
 def _xargs(payload: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,14 @@
-"""A worker's HTTP server, as the gateway speaks to it over a unix socket."""
+"""A worker's HTTP server, as the gateway speaks to it: over a unix socket, or at a URL elsewhere."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 from yarl import URL
@@ -13,7 +16,6 @@ from yarl import URL
 from trimtab_server.errors import ApiError, WorkerFailedError, WorkerTimeoutError, WorkerUnavailableError
 from trimtab_server.settings import Timeouts
 
-_ORIGIN = "http://worker"
 _HOP_BY_HOP = frozenset(
     {
         *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"),
@@ -23,6 +25,10 @@ _HOP_BY_HOP = frozenset(
 # The client library writes the length itself; keys of the gateway are no business of a worker.
 _NOT_FORWARDED = _HOP_BY_HOP | {"content-length", "authorization", "expect", "x-request-id"}
 _NOT_RETURNED = _HOP_BY_HOP | {"date", "server", "x-request-id"}
+
+# A connection for each request: the worker may close a reused one just as a request goes out, and a request
+# that generates is not for repeating. Closing it is also how vLLM learns to abort.
+_CONNECTIONS: Mapping[str, Any] = {"limit": 0, "force_close": True}
 
 Headers = Sequence[tuple[bytes, bytes]]
 _Translate = Callable[[Exception], ApiError]
@@ -38,24 +44,48 @@ class Call:
     body: bytes
 
 
+class Here:
+    """A server on a unix socket of this machine."""
+
+    origin = "http://worker"
+    headers: Mapping[str, str] = {}
+    dropped = _NOT_FORWARDED
+
+    def __init__(self, socket: Path) -> None:
+        self._socket = socket
+
+    def connector(self) -> aiohttp.BaseConnector:
+        return aiohttp.UnixConnector(path=str(self._socket), **_CONNECTIONS)
+
+
+class Elsewhere:
+    """A server at a URL; `key` is its own API key, which nobody else is sent."""
+
+    # The host that the client wrote is the gateway's.
+    dropped = _NOT_FORWARDED | {"host"}
+
+    def __init__(self, url: str, key: str | None) -> None:
+        self.origin = url.rstrip("/")
+        self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+
+    def connector(self) -> aiohttp.BaseConnector:
+        return aiohttp.TCPConnector(**_CONNECTIONS)
+
+
 class Upstream:
     """The HTTP client of one worker."""
 
-    def __init__(self, model: str, socket: Path, timeouts: Timeouts) -> None:
-        self._model = model
-        self._socket = socket
+    def __init__(self, model: str, address: Here | Elsewhere, timeouts: Timeouts) -> None:
+        self.model = model
+        self._address = address
         self._timeouts = timeouts
         self._client: aiohttp.ClientSession | None = None
 
     async def open(self) -> None:
-        # A connection for each request: the worker may close a reused one just as a request goes out, and a
-        # request that generates is not for repeating. Closing it is also how vLLM learns to abort.
-        connector = aiohttp.UnixConnector(path=str(self._socket), limit=0, force_close=True)
         self._client = aiohttp.ClientSession(
-            connector=connector,
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=self._timeouts.connect, sock_read=self._timeouts.idle
-            ),
+            connector=self._address.connector(),
+            headers=self._address.headers,
+            timeout=self._timeout(sock_read=self._timeouts.idle),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
@@ -70,15 +100,15 @@ class Upstream:
         """Send a request and wait for the head of its answer.
 
         Raises:
-            WorkerUnavailableError: nobody listens.
+            WorkerUnavailableError: nobody takes the connection; nothing has been sent.
             WorkerFailedError: the connection broke.
             WorkerTimeoutError: the worker fell silent.
         """
         try:
             response = await self._session.request(
                 call.method,
-                URL(_ORIGIN + call.target, encoded=True),
-                headers=[*_forwarded(call.headers, _NOT_FORWARDED), ("x-request-id", request_id)],
+                self._url(call.target),
+                headers=[*_forwarded(call.headers, self._address.dropped), ("x-request-id", request_id)],
                 data=call.body or None,
                 allow_redirects=False,
             )
@@ -86,36 +116,89 @@ class Upstream:
             raise self._translate(error) from error
         return Answer(response, self._translate)
 
+    async def get(self, path: str) -> tuple[int, bytes]:
+        """Status and body of the answer to a GET, which has to come soon.
+
+        Raises:
+            WorkerUnavailableError, WorkerFailedError, WorkerTimeoutError: as of `send`.
+        """
+        return await self._ask("GET", path, self._timeouts.probe)
+
     async def probe(self, path: str) -> bytes | None:
-        """The body of a GET that has to answer soon; None where it does not, or not with 200."""
+        """The body of the answer to a GET; None where none comes soon, or not with 200."""
         try:
-            async with (
-                asyncio.timeout(self._timeouts.probe),
-                self._session.get(URL(_ORIGIN + path, encoded=True)) as response,
-            ):
-                body = await response.read()
-        except (aiohttp.ClientError, TimeoutError):
+            status, body = await self.get(path)
+        except ApiError:
             return None
-        return body if response.status == 200 else None
+        return body if status == HTTPStatus.OK else None
+
+    async def post_json(
+        self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """Have the worker do what may take as long as its start: `timeouts.startup`.
+
+        Returns:
+            The status of its answer, and the object that it holds.
+
+        Raises:
+            WorkerUnavailableError, WorkerTimeoutError: as of `send`.
+            WorkerFailedError: the connection broke, or the answer is no JSON object.
+        """
+        status, content = await self._ask(
+            *("POST", path, self._timeouts.startup),
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json", **(headers or {})},
+        )
+        try:
+            answer = json.loads(content)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise WorkerFailedError(
+                f"The worker of {self.model!r} answers {path} with status {status} and no JSON object.",
+                param="model",
+            )
+        return status, answer
+
+    async def _ask(self, method: str, path: str, seconds: float, **options: Any) -> tuple[int, bytes]:
+        timeout = self._timeout(total=seconds)
+        try:
+            async with self._session.request(
+                method, self._url(path), timeout=timeout, allow_redirects=False, **options
+            ) as response:
+                return response.status, await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise self._translate(error) from error
+
+    def _url(self, target: str) -> URL:
+        return URL(self._address.origin + target, encoded=True)
+
+    def _timeout(
+        self, *, total: float | None = None, sock_read: float | None = None
+    ) -> aiohttp.ClientTimeout:
+        return aiohttp.ClientTimeout(total=total, sock_connect=self._timeouts.connect, sock_read=sock_read)
 
     @property
     def _session(self) -> aiohttp.ClientSession:
         if self._client is None:
-            raise WorkerUnavailableError(f"The gateway does not serve {self._model!r} now.", param="model")
+            raise WorkerUnavailableError(f"The gateway does not serve {self.model!r} now.", param="model")
         return self._client
 
     def _translate(self, error: Exception) -> ApiError:
-        if isinstance(error, aiohttp.ClientConnectorError):
-            return WorkerUnavailableError(f"The worker of {self._model!r} does not listen.", param="model")
-        if isinstance(error, TimeoutError):
-            return WorkerTimeoutError(f"The worker of {self._model!r} has fallen silent.")
-        return WorkerFailedError(f"The worker of {self._model!r} broke off the request.")
+        match error:
+            case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
+                return WorkerUnavailableError(f"The worker of {self.model!r} does not listen.", param="model")
+            case TimeoutError():
+                return WorkerTimeoutError(f"The worker of {self.model!r} has fallen silent.")
+        return WorkerFailedError(f"The worker of {self.model!r} broke off the request.")
 
 
 class Answer:
     """The answer of a worker: its head, and a body still on the way."""
 
     def __init__(self, response: aiohttp.ClientResponse, translate: _Translate) -> None:
+        self.held = ExitStack()
+        """What is given back when the answer is closed, beside its connection."""
         self._response = response
         self._translate = translate
 
@@ -159,8 +242,9 @@ class Answer:
             raise self._translate(error) from error
 
     def close(self) -> None:
-        """Let go of the connection; vLLM aborts a request that has not ended."""
+        """Let go of the connection; vLLM aborts a request that has not ended. More than once does no harm."""
         self._response.close()
+        self.held.close()
 
 
 def _forwarded(headers: Headers, dropped: frozenset[str]) -> list[tuple[str, str]]:

@@ -1,197 +1,174 @@
-"""The workers: one vLLM server for each model, started, watched and ended."""
+"""The models that are served: the workers of each, and which of them gets a request."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
-from enum import StrEnum
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from urllib.parse import quote
 
-from trimtab_server.command import worker_command, worker_environment
 from trimtab_server.errors import WorkerUnavailableError
 from trimtab_server.metrics import Metrics
-from trimtab_server.process import Output, WorkerProcess
-from trimtab_server.settings import Settings
-from trimtab_server.upstream import Upstream
+from trimtab_server.process import Output
+from trimtab_server.replicas import LocalWorker, OnReady, RemoteWorker, State, Worker, WorkerId
+from trimtab_server.settings import Settings, SettingsError
+from trimtab_server.turnstile import Turnstile
+from trimtab_server.upstream import Answer, Call, Elsewhere, Upstream
 
 logger = logging.getLogger(__name__)
 
-_HEALTH = "/health"
-_POLL_SECONDS = 0.25
-_PROGRESS_SECONDS = 10
 _MAX_DIRECTORY_BYTES = 60
 """A unix socket's address has 107 bytes; vLLM's own sockets add a slash, an index and 36 more."""
 
 
-class State(StrEnum):
-    STARTING = "starting"
-    READY = "ready"
-    RESTARTING = "restarting"
-    FAILED = "failed"
-    STOPPED = "stopped"
-    UNRESPONSIVE = "unresponsive"
-    """Started, but it does not answer a probe."""
+class Model:
+    """One model: the workers that share its load, and the line before them."""
 
-
-class Worker:
-    """The worker of one model."""
-
-    def __init__(
-        self, settings: Settings, name: str, directory: Path, output: Output, metrics: Metrics
-    ) -> None:
+    def __init__(self, name: str, workers: Sequence[Worker], turnstile: Turnstile) -> None:
         self.name = name
-        self.state = State.STOPPED
-        self.restarts = 0
-        self._settings = settings
-        self._directory = directory
-        self._output = output
-        self._restarted = metrics.restarts.labels(name)
-        self._socket = directory / "http"
-        self.upstream = Upstream(name, self._socket, settings.timeouts)
+        self.workers = tuple(workers)
+        self._turnstile = turnstile
+        self._last = -1
 
-    def require_ready(self) -> Upstream:
-        """Its HTTP server.
+    @property
+    def state(self) -> State:
+        """The best of its workers'."""
+        return _best(worker.state for worker in self.workers)
+
+    def require_ready(self) -> None:
+        """Make sure that a request has a place to go to.
 
         Raises:
-            WorkerUnavailableError: it does not answer yet, or no more.
+            WorkerUnavailableError: no worker answers, not yet or no more.
         """
-        if self.state is not State.READY:
-            raise WorkerUnavailableError(
-                f"The model {self.name!r} is not ready: it is {self.state}.", param="model"
-            )
-        return self.upstream
+        self._ready(())
 
-    async def probe(self) -> State:
-        """Its state, with its health asked for."""
-        if self.state is State.READY and await self.upstream.probe(_HEALTH) is None:
-            return State.UNRESPONSIVE
-        return self.state
+    async def send(self, call: Call, request_id: str, *, limited: bool) -> Answer:
+        """Send a request to the worker with the fewest; one that could not be connected goes to the next.
 
-    async def run(self) -> None:
-        """Keep it running until cancelled, or until it has failed too often in a row."""
-        await self.upstream.open()
+        One that is `limited` is among those of which there may be `limits.concurrent` at once: it waits for
+        its turn, and has it until the answer is closed.
+
+        Raises:
+            RateLimitError: as many as may wait do.
+            WorkerUnavailableError: no worker takes it; nothing has been sent.
+            WorkerFailedError, WorkerTimeoutError: the worker that has it gives no answer.
+        """
+        with contextlib.ExitStack() as held:
+            if limited:
+                await self._turnstile.enter()
+                held.callback(self._turnstile.leave)
+            answer = await self._send_to_any(call, request_id)
+            answer.held.push(held.pop_all())
+            return answer
+
+    async def probe(self, path: str) -> bytes | None:
+        """What a worker answers to a GET; None where none is up, or not in time."""
         try:
-            await self._supervise()
-        finally:
-            if self.state is not State.FAILED:
-                self.state = State.STOPPED
-            await self.upstream.close()
-            self._output.close()
+            worker = self._pick()
+        except WorkerUnavailableError:
+            return None
+        return await worker.upstream.probe(path)
 
-    async def _supervise(self) -> None:
-        rules = self._settings.restarts
-        failures = 0
+    async def probe_all(self, path: str) -> list[bytes | None]:
+        """What each worker answers to a GET; None where it is not up, or not in time."""
+        return await asyncio.gather(*(_probe(worker, path) for worker in self.workers))
+
+    async def describe(self) -> dict[str, Any]:
+        """What `/ready` says of it, with its workers' health asked for."""
+        replicas = await asyncio.gather(*(worker.describe() for worker in self.workers))
+        return {
+            "state": _best(replica["state"] for replica in replicas),
+            "restarts": sum(replica["restarts"] for replica in replicas),
+            "replicas": replicas,
+        }
+
+    async def _send_to_any(self, call: Call, request_id: str) -> Answer:
+        refused: set[Worker] = set()
         while True:
-            reason, ready_seconds = await self._run_once()
-            failures = 1 if ready_seconds >= rules.stable else failures + 1
-            if failures > rules.attempts:
-                break
-            self.state = State.RESTARTING
-            delay = rules.delay(failures)
-            logger.error(
-                "model %s: its worker %s; restart %d of %d in %.0f s; %s",
-                *(self.name, reason, failures, rules.attempts, delay, self._output.tail()),
+            worker = self._pick(refused)
+            try:
+                return await worker.send(call, request_id)
+            except WorkerUnavailableError:
+                refused.add(worker)
+
+    def _pick(self, refused: Collection[Worker] = ()) -> Worker:
+        """The ready worker with the fewest requests; of equals the next in turn."""
+        after = self._last + 1
+        count = len(self.workers)
+        chosen = min(
+            self._ready(refused), key=lambda worker: (worker.outstanding, (worker.id.index - after) % count)
+        )
+        self._last = chosen.id.index
+        return chosen
+
+    def _ready(self, refused: Collection[Worker]) -> list[Worker]:
+        ready = [worker for worker in self.workers if worker.state is State.READY and worker not in refused]
+        if not ready:
+            raise WorkerUnavailableError(
+                f"The model {self.name!r} is not ready: {self._states()}.", param="model"
             )
-            await asyncio.sleep(delay)
-            self.restarts += 1
-            self._restarted.inc()
-        self.state = State.FAILED
-        logger.error("model %s: given up, its worker %s; %s", self.name, reason, self._output.tail())
+        return ready
 
-    async def _run_once(self) -> tuple[str, float]:
-        """Run its processes until they end. Returns why they did, and the seconds for which it answered."""
-        self.state = State.STARTING
-        _make_empty(self._directory)
-        (self._directory / "metrics").mkdir()
-        process = await WorkerProcess.spawn(
-            worker_command(self._settings, self.name, self._socket),
-            worker_environment(self._settings.models[self.name], self._directory),
-            self._output,
-            self._settings.timeouts.stop,
-        )
-        try:
-            return await self._watch(process)
-        finally:
-            await process.end()
-
-    async def _watch(self, process: WorkerProcess) -> tuple[str, float]:
-        limit = self._settings.timeouts.startup
-        try:
-            async with asyncio.timeout(limit):
-                answers = await self._wait_until_healthy(process)
-        except TimeoutError:
-            return f"did not answer within {limit:g} s", 0
-        if not answers:
-            return f"ended with status {await process.wait()} before it was ready", 0
-        self.state = State.READY
-        since = time.monotonic()
-        status = await process.wait()
-        return f"ended with status {status}", time.monotonic() - since
-
-    async def _wait_until_healthy(self, process: WorkerProcess) -> bool:
-        """Returns False where its processes end first."""
-        started = reported = time.monotonic()
-        runner = self._settings.models[self.name].runner.upper()
-        logger.info(
-            "model %s: starting on vLLM's %s model runner, its output goes to %s",
-            *(self.name, runner, self._output.path),
-        )
-        while process.running:
-            if await self.upstream.probe(_HEALTH) is not None:
-                logger.info("model %s: ready after %.0f s", self.name, time.monotonic() - started)
-                return True
-            if time.monotonic() - reported > _PROGRESS_SECONDS:
-                reported = time.monotonic()
-                logger.info(
-                    "model %s: still starting after %.0f s: %s",
-                    *(self.name, reported - started, self._output.last_line),
-                )
-            await asyncio.sleep(_POLL_SECONDS)
-        return False
+    def _states(self) -> str:
+        if len(self.workers) == 1:
+            return f"it is {self.state}"
+        return ", ".join(f"replica {worker.id.replica} is {worker.state}" for worker in self.workers)
 
 
-class Workers(Mapping[str, Worker]):
-    """All workers by their model's name; as a context manager it runs them and leaves nothing of them."""
+class Workers(Mapping[str, Model]):
+    """All models by their names; as a context manager it runs their workers and leaves nothing of them."""
 
     def __init__(self, settings: Settings, metrics: Metrics, *, echo: bool = False) -> None:
+        """Raises `SettingsError`: a worker elsewhere has no key where its `key_variable` says."""
         self._settings = settings
         self._metrics = metrics
         self._echo = echo
-        self._workers: dict[str, Worker] = {}
+        self._keys = _read_keys(settings)
+        self._models: dict[str, Model] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._directory: Path | None = None
         self.on_all_failed: Callable[[], None] = _nothing
         """Called when the last worker has been given up."""
+        self.on_ready: OnReady = _no_preparation
+        """Awaited before a worker gets requests; to be set before the workers run."""
 
-    def __getitem__(self, name: str) -> Worker:
-        return self._workers[name]
+    def __getitem__(self, name: str) -> Model:
+        return self._models[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._workers)
+        return iter(self._models)
 
     def __len__(self) -> int:
-        return len(self._workers)
+        return len(self._models)
+
+    @property
+    def all(self) -> Iterator[Worker]:
+        """Every worker of every model."""
+        return (worker for model in self._models.values() for worker in model.workers)
+
+    def offering(self, control: str) -> Iterator[Worker]:
+        """Every worker of the models that offer `control`: those that name it, and those that offer all."""
+        for name, model in self._models.items():
+            named = self._settings.models[name].controls
+            if named is None or control in named:
+                yield from model.workers
 
     async def __aenter__(self) -> Self:
         self._directory = _private_directory()
         try:
-            self._workers = {
-                name: Worker(
-                    self._settings, name, self._directory / str(i), self._output(name), self._metrics
-                )
-                for i, name in enumerate(self._settings.models)
-            }
+            self._models = {name: self._model(name, self._directory) for name in self._settings.models}
         except BaseException:
             shutil.rmtree(self._directory)
             raise
-        self._tasks = [asyncio.create_task(self._run(worker)) for worker in self._workers.values()]
+        self._tasks = [asyncio.create_task(self._run(worker)) for worker in self.all]
         return self
 
     async def __aexit__(
@@ -206,16 +183,60 @@ class Workers(Mapping[str, Worker]):
     async def _run(self, worker: Worker) -> None:
         try:
             await worker.run()
-        except OSError:
+        except Exception:
             # Its directory or its program is not to be had; another try would find them no better.
             worker.state = State.FAILED
-            logger.exception("model %s: its worker can't be started", worker.name)
-        if all(other.state is State.FAILED for other in self._workers.values()):
+            logger.exception("%s: its worker can't be started", worker.id)
+        if all(other.state is State.FAILED for other in self.all):
             self.on_all_failed()
 
-    def _output(self, name: str) -> Output:
-        path = self._settings.logs / f"{self._settings.port}-{quote(name, safe='')}.log"
-        return Output(name, path, echo=self._echo)
+    def _model(self, name: str, directory: Path) -> Model:
+        limits = self._settings.limits
+        turnstile = Turnstile(name, limits.concurrent, limits.queued)
+        self._metrics.queued.labels(name).set_function(lambda: turnstile.waiting)
+        count = len(self._settings.models[name].replicas)
+        ids = [WorkerId(name, index, several=count > 1) for index in range(count)]
+        return Model(name, [self._worker(identity, directory) for identity in ids], turnstile)
+
+    def _worker(self, identity: WorkerId, directory: Path) -> Worker:
+        replica = self._settings.models[identity.model].replicas[identity.index]
+        if replica.url is not None:
+            address = Elsewhere(replica.url, self._keys.get(replica.key_variable or ""))
+            return RemoteWorker(
+                identity, self._settings, address, metrics=self._metrics, on_ready=self.on_ready
+            )
+        # Numbers, not names: the path of a socket is short.
+        number = sum(1 for _ in directory.iterdir())
+        own = directory / str(number)
+        own.mkdir()
+        output = self._output(identity)
+        return LocalWorker(
+            identity, self._settings, own, output, metrics=self._metrics, on_ready=self.on_ready
+        )
+
+    def _output(self, identity: WorkerId) -> Output:
+        path = self._settings.logs / f"{self._settings.port}-{quote(identity.short, safe='')}.log"
+        return Output(identity.short, path, echo=self._echo)
+
+
+async def _probe(worker: Worker, path: str) -> bytes | None:
+    return await worker.upstream.probe(path) if worker.state is State.READY else None
+
+
+def _best(states: Iterator[State]) -> State:
+    return min(states, key=list(State).index)
+
+
+def _read_keys(settings: Settings) -> dict[str, str]:
+    """The keys of the workers elsewhere, by the variables that they are in."""
+    keys = {}
+    for name, model in settings.models.items():
+        for i, replica in enumerate(model.replicas):
+            if variable := replica.key_variable:
+                if not os.environ.get(variable):
+                    raise SettingsError(f"models.{name}.replicas.{i}: {variable} is not in the environment")
+                keys[variable] = os.environ[variable]
+    return keys
 
 
 def _private_directory() -> Path:
@@ -226,10 +247,9 @@ def _private_directory() -> Path:
     return Path(tempfile.mkdtemp(prefix="trimtab-", dir=directory))
 
 
-def _make_empty(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir()
-
-
 def _nothing() -> None:
+    pass
+
+
+async def _no_preparation(_: Upstream) -> None:
     pass

@@ -16,8 +16,9 @@ from trimtab_processors.pack import Pack
 from trimtab_server.app import create_app
 from trimtab_server.controls import Catalogue, load_controls
 from trimtab_server.metrics import Metrics
+from trimtab_server.replicas import LocalWorker, State, Worker
 from trimtab_server.settings import load_settings
-from trimtab_server.workers import State, Worker, Workers
+from trimtab_server.workers import Workers
 
 
 @pytest.fixture(scope="session")
@@ -55,11 +56,11 @@ def write_config(tmp_path):
 
 
 class FakeWorkers(Workers):
-    """Workers whose servers are in this process; `seen` is what each has been asked."""
+    """Workers whose servers, but for those elsewhere, are in this process; `seen` is what each was asked."""
 
     def __init__(self, settings, metrics):
         super().__init__(settings, metrics)
-        self.seen: dict[str, dict] = {}
+        self.seen: dict[tuple[str, int], dict] = {}
         self._all_ready = asyncio.Event()
 
     async def __aenter__(self):
@@ -68,15 +69,17 @@ class FakeWorkers(Workers):
         return self
 
     async def _run(self, worker: Worker) -> None:
-        worker._directory.mkdir()
-        app = make_app(worker.name)
-        self.seen[worker.name] = app[SEEN]
+        if not isinstance(worker, LocalWorker):
+            await super()._run(worker)
+            return
+        app = make_app(worker.id.model, self._settings.controls_of(worker.id.model))
+        self.seen[worker.id.model, worker.id.index] = app[SEEN]
         runner = web.AppRunner(app, handler_cancellation=True)
         await runner.setup()
         await web.UnixSite(runner, str(worker._socket)).start()
         await worker.upstream.open()
-        worker.state = State.READY
-        if all(other.state is State.READY for other in self.values()):
+        await worker._become_ready()
+        if all(other.state is State.READY for other in self.all if isinstance(other, LocalWorker)):
             self._all_ready.set()
         try:
             await asyncio.Event().wait()
@@ -100,6 +103,13 @@ class Gateway:
     def post(self, body: str | bytes, path: str = "/v1/chat/completions", **headers):
         return self.client.post(path, content=body, headers={"content-type": "application/json", **headers})
 
+    def worker(self, model: str, replica: int = 0) -> Worker:
+        return self.workers[model].workers[replica]
+
+    def cut_off(self, model: str, replica: int = 0) -> None:
+        """From now on the worker takes no connection."""
+        self.worker(model, replica)._socket.unlink()
+
     @staticmethod
     def error(response) -> dict:
         """The error object of an answer, which has all its four fields."""
@@ -107,9 +117,9 @@ class Gateway:
         assert set(error) == {"message", "type", "param", "code"}
         return error
 
-    def asked(self, model: str) -> list[dict]:
+    def asked(self, model: str, replica: int = 0) -> list[dict]:
         """The generating requests that reached the worker."""
-        return self.workers.seen[model]["requests"]
+        return self.workers.seen[model, replica]["requests"]
 
     def last(self, model: str) -> dict:
         """The body of the last one."""

@@ -18,7 +18,8 @@ def command(write_config):
 
     def command(controls=None, **model):
         config = {"models": {"m": {"model": "org/name", **model}}, "controls": controls or {}}
-        return worker_command(load_settings(write_config(config)), "m", Path("/run/http"))
+        settings = load_settings(write_config(config))
+        return worker_command(settings, "m", settings.models["m"].replicas[0], Path("/run/http"))
 
     return command
 
@@ -108,17 +109,53 @@ def test_another_program_may_stand_before_the_flags(command):
     ]
 
 
-def test_the_environment_is_the_gateways_with_the_models_own_and_without_its_keys(write_config, monkeypatch):
-    monkeypatch.setenv("TRIMTAB_API_KEYS", "secret")
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
+@pytest.fixture
+def environment(write_config):
+    """The environment of the last replica of a model with these settings."""
+
+    def environment(**model):
+        settings = load_settings(write_config({"models": {"m": {"model": "x", **model}}}))
+        return worker_environment(settings, "m", settings.models["m"].replicas[-1], Path("/run/0"))
+
+    return environment
+
+
+def test_the_environment_is_the_gateways_with_the_models_own(environment, monkeypatch):
     monkeypatch.setenv("HF_HOME", "/models")
-    env = {"VLLM_NO_USAGE_STATS": "0", "OWN": "x", "PROMETHEUS_MULTIPROC_DIR": "/elsewhere"}
-    settings = load_settings(write_config({"models": {"m": {"model": "x", "env": env}}}))
-    made = worker_environment(settings.models["m"], Path("/run/0"))
-    assert "secret" not in made.values()
+    made = environment(env={"VLLM_NO_USAGE_STATS": "0", "OWN": "x", "PROMETHEUS_MULTIPROC_DIR": "/elsewhere"})
     assert (made["HF_HOME"], made["OWN"]) == ("/models", "x")
     assert (made["VLLM_NO_USAGE_STATS"], made["DO_NOT_TRACK"]) == ("0", "1")
-    assert made["VLLM_USE_V2_MODEL_RUNNER"] == "0"
-    on_v2 = settings.models["m"].model_copy(update={"runner": "v2"})
-    assert worker_environment(on_v2, Path("/run/0"))["VLLM_USE_V2_MODEL_RUNNER"] == "1"
     assert (made["PROMETHEUS_MULTIPROC_DIR"], made["VLLM_RPC_BASE_PATH"]) == ("/run/0/metrics", "/run/0")
+
+
+def test_the_runner_stands_in_the_environment(environment):
+    assert environment()["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    assert environment(runner="v2")["VLLM_USE_V2_MODEL_RUNNER"] == "1"
+
+
+def test_no_worker_gets_the_keys_of_the_gateway_or_of_a_worker_elsewhere(environment, monkeypatch):
+    for name in ("TRIMTAB_API_KEYS", "TRIMTAB_ADMIN_KEYS", "VLLM_API_KEY", "ELSEWHERE"):
+        monkeypatch.setenv(name, "secret")
+    elsewhere = {"url": "http://elsewhere", "key_variable": "ELSEWHERE"}
+    assert "secret" not in environment(replicas=[elsewhere, {}]).values()
+
+
+def test_a_replica_has_flags_and_environment_of_its_own_before_the_models(command, environment):
+    model = {"args": {"seed": 1, "max-model-len": 256}, "env": {"A": "model", "B": "model"}}
+    model["replicas"] = [{"args": {"seed": 2}, "env": {"B": "replica"}}]
+    words = command(**model)
+    assert [word for word in words if word.startswith("--seed")] == ["--seed=2"]
+    assert "--max-model-len=256" in words
+    made = environment(**model)
+    assert (made["A"], made["B"]) == ("model", "replica")
+
+
+@pytest.mark.parametrize("devices", [[0, 3], ["0", "3"]])
+def test_a_replica_has_devices_and_cores_of_its_own(environment, devices):
+    made = environment(replicas=[{"devices": devices, "cpus": "0-3"}], env={"CUDA_VISIBLE_DEVICES": "7"})
+    assert (made["CUDA_VISIBLE_DEVICES"], made["VLLM_CPU_OMP_THREADS_BIND"]) == ("0,3", "0-3")
+
+
+def test_a_replica_without_devices_leaves_them_as_they_are(environment, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert environment()["CUDA_VISIBLE_DEVICES"] == "7"

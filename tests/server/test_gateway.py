@@ -80,6 +80,10 @@ class Served:
             with error:
                 return error.code, json.load(error)
 
+    def model(self, name: str = "m") -> dict:
+        """What `/ready` says of it."""
+        return self.get("/ready")[1]["models"][name]
+
     def seen(self, model: str) -> dict:
         """What the worker has been asked."""
         return self.get(f"/fake/seen?model={model}")[1]
@@ -237,10 +241,10 @@ def test_a_client_that_goes_away_ends_its_request_at_the_worker_at_once(gateway,
 @contextlib.contextmanager
 def restarted(gateway: Served, model: str):
     """Within the block the model's worker ends; after it, another has taken its place."""
-    before = gateway.get("/ready")[1]["models"][model]["restarts"]
+    before = gateway.model(model)["restarts"]
     yield
-    after = {"state": "ready", "restarts": before + 1}
-    gateway.wait_for(lambda: gateway.get("/ready")[1]["models"][model] == after)
+    gateway.wait_for(lambda: gateway.model(model)["restarts"] == before + 1)
+    gateway.wait_for(lambda: gateway.model(model)["state"] == "ready")
 
 
 def test_a_worker_that_dies_is_started_again_and_the_request_it_had_fails(gateway):
@@ -251,7 +255,7 @@ def test_a_worker_that_dies_is_started_again_and_the_request_it_had_fails(gatewa
         assert ask(gateway.client(), "steered").choices
     assert ask(gateway.client(), "plain").choices
     with urllib.request.urlopen(f"{gateway.url}/metrics") as response:
-        assert b'trimtab_gateway_worker_restarts_total{model_name="plain"} 1.0' in response.read()
+        assert b'trimtab_gateway_worker_restarts_total{model_name="plain",replica="0"} 1.0' in response.read()
     assert "its worker ended with status 137" in gateway.log
 
 

@@ -7,7 +7,7 @@ import logging
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from trimtab_server.workers import State
+from trimtab_server.replicas import State
 
 TWO = {"a": {"model": "."}, "b": {"model": "."}}
 
@@ -150,7 +150,7 @@ def test_a_body_at_the_limit_passes(start):
 
 def test_a_worker_that_is_not_up_is_503_with_a_time_to_come_back(start):
     gateway = start()
-    gateway.workers["m"].state = State.RESTARTING
+    gateway.worker("m").state = State.RESTARTING
     for response in (gateway.chat(), gateway.client.get("/version")):
         assert response.status_code == 503
         assert int(response.headers["retry-after"]) > 0
@@ -160,7 +160,7 @@ def test_a_worker_that_is_not_up_is_503_with_a_time_to_come_back(start):
 
 def test_a_worker_that_does_not_listen_is_503(start):
     gateway = start()
-    gateway.workers["m"]._socket.unlink()
+    gateway.cut_off("m")
     assert gateway.chat().status_code == 503
 
 
@@ -195,13 +195,15 @@ def test_health_is_the_gateways_and_ready_asks_every_worker(start):
     assert gateway.client.get("/health").status_code == 200
     response = gateway.client.get("/ready")
     assert response.status_code == 200
-    assert response.json()["models"] == {name: {"state": "ready", "restarts": 0} for name in "ab"}
+    replica = {"replica": "0", "state": "ready", "reason": None, "restarts": 0}
+    expected = {"state": "ready", "restarts": 0, "replicas": [replica]}
+    assert response.json()["models"] == dict.fromkeys("ab", expected)
 
 
 def test_ready_is_503_while_a_worker_is_down_or_does_not_answer(start):
     gateway = start(models={**TWO, "c": {"model": "."}})
-    gateway.workers["a"].state = State.STARTING
-    gateway.workers["b"]._socket.unlink()
+    gateway.worker("a").state = State.STARTING
+    gateway.cut_off("b")
     response = gateway.client.get("/ready")
     assert response.status_code == 503
     states = {name: model["state"] for name, model in response.json()["models"].items()}
@@ -212,7 +214,7 @@ def test_ready_is_503_while_a_worker_is_down_or_does_not_answer(start):
 def test_models_are_those_of_the_workers_that_answer(start):
     gateway = start(models=TWO)
     assert [m["id"] for m in gateway.client.get("/v1/models").json()["data"]] == ["a", "b"]
-    gateway.workers["a"]._socket.unlink()
+    gateway.cut_off("a")
     listed = gateway.client.get("/v1/models").json()
     assert listed["object"] == "list"
     assert [(m["id"], m["max_model_len"]) for m in listed["data"]] == [("b", 256)]
@@ -222,7 +224,7 @@ def test_one_model_can_be_asked_for(start):
     gateway = start(models={**TWO, "org/c": {"model": "."}})
     assert gateway.client.get("/v1/models/org/c").json()["id"] == "org/c"
     assert gateway.client.get("/v1/models/other").status_code == 404
-    gateway.workers["b"]._socket.unlink()
+    gateway.cut_off("b")
     assert gateway.client.get("/v1/models/b").status_code == 504
 
 
@@ -237,7 +239,7 @@ def test_metrics_are_one_valid_exposition_of_the_gateway_and_all_workers(start):
     assert samples["vllm:prompt_tokens_total", ("engine", "0"), ("model_name", "b")] == 7
     labels = ("handler", "/v1/completions"), ("method", "POST")
     assert samples["http_requests_total", *labels, ("model_name", "a"), ("status", "2xx")] == 3
-    assert samples["trimtab_gateway_worker_up", ("model_name", "a")] == 1
+    assert samples["trimtab_gateway_worker_up", ("model_name", "a"), ("replica", "0")] == 1
     own = ("control", ""), ("endpoint", "/v1/chat/completions"), ("model_name", "a"), ("status", "200")
     assert samples["trimtab_gateway_requests_total", *own] == 1
     assert samples["trimtab_gateway_requests_in_flight", ("model_name", "a")] == 0
@@ -245,9 +247,9 @@ def test_metrics_are_one_valid_exposition_of_the_gateway_and_all_workers(start):
 
 def test_a_worker_that_is_down_does_not_spoil_the_scrape(start):
     gateway = start(models=TWO)
-    gateway.workers["a"]._socket.unlink()
+    gateway.cut_off("a")
     samples = samples_of(gateway.client.get("/metrics").text)
-    assert samples["trimtab_gateway_worker_up", ("model_name", "a")] == 0
+    assert samples["trimtab_gateway_worker_up", ("model_name", "a"), ("replica", "0")] == 0
     assert samples["vllm:prompt_tokens_total", ("engine", "0"), ("model_name", "b")] == 7
 
 
