@@ -47,6 +47,7 @@ def make_app(name: str, controls: Iterable[str] = (), key: str | None = None) ->
     app.router.add_get("/v1/controls", list_controls)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/fake/seen", seen)
+    app.router.add_post("/fake/text", text)
     app.router.add_post("/v1/chat/completions", generate)
     app.router.add_post("/v1/completions", generate)
     app.router.add_post("/v1/responses", generate)
@@ -92,6 +93,10 @@ async def seen(request: web.Request) -> web.Response:
     return web.json_response(request.app[SEEN])
 
 
+async def text(_: web.Request) -> web.Response:
+    return web.Response(text="no JSON")
+
+
 async def echo(request: web.Request) -> web.Response:
     body = await request.read()
     answer = {
@@ -125,6 +130,7 @@ async def _answer(_: web.Request, payload: dict[str, Any], __: dict[str, Any]) -
         "object": "chat.completion",
         "created": 0,
         "model": payload.get("model"),
+        "system_fingerprint": str(os.getpid()),
         "choices": [
             {"index": 0, "message": {"role": "assistant", "content": "one two"}, "finish_reason": "stop"}
         ],

@@ -89,7 +89,7 @@ class _Relayed(StreamingResponse):
             if not self._answer.is_event_stream:
                 raise
             # The status has been sent long ago: the stream has to say it, after whatever event was cut off.
-            yield f"\n\ndata: {json.dumps(error.body())}\n\n".encode()
+            yield f"\n\nevent: error\ndata: {json.dumps(error.body())}\n\n".encode()
         self._settled = True
 
 

@@ -173,6 +173,9 @@ class Worker(ABC):
             await self._on_ready(self.upstream)
         except ApiError as error:
             raise UnreadyError(State.UNFIT, str(error)) from error
+        except Exception as error:
+            logger.exception("%s: a fault in what is done before it is ready", self.id)
+            raise UnreadyError(State.UNFIT, "preparing it failed; the log has the details") from error
         self.state, self.reason = State.READY, ""
 
     async def _follow(self) -> None:

@@ -122,7 +122,7 @@ class Upstream:
         Raises:
             WorkerUnavailableError, WorkerFailedError, WorkerTimeoutError: as of `send`.
         """
-        return await self._ask("GET", path, self._timeouts.probe)
+        return await self._ask("GET", path, "probe")
 
     async def probe(self, path: str) -> bytes | None:
         """The body of the answer to a GET; None where none comes soon, or not with 200."""
@@ -145,7 +145,7 @@ class Upstream:
             WorkerFailedError: the connection broke, or the answer is no JSON object.
         """
         status, content = await self._ask(
-            *("POST", path, self._timeouts.startup),
+            *("POST", path, "startup"),
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json", **(headers or {})},
         )
@@ -160,15 +160,16 @@ class Upstream:
             )
         return status, answer
 
-    async def _ask(self, method: str, path: str, seconds: float, **options: Any) -> tuple[int, bytes]:
-        timeout = self._timeout(total=seconds)
+    async def _ask(self, method: str, path: str, limit: str, **options: Any) -> tuple[int, bytes]:
+        """`limit` is the one of the configured time-outs that the whole answer has."""
+        timeout = self._timeout(total=getattr(self._timeouts, limit))
         try:
             async with self._session.request(
                 method, self._url(path), timeout=timeout, allow_redirects=False, **options
             ) as response:
                 return response.status, await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise self._translate(error) from error
+            raise self._translate(error, limit) from error
 
     def _url(self, target: str) -> URL:
         return URL(self._address.origin + target, encoded=True)
@@ -184,12 +185,15 @@ class Upstream:
             raise WorkerUnavailableError(f"The gateway does not serve {self.model!r} now.", param="model")
         return self._client
 
-    def _translate(self, error: Exception) -> ApiError:
+    def _translate(self, error: Exception, limit: str = "idle") -> ApiError:
         match error:
             case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
                 return WorkerUnavailableError(f"The worker of {self.model!r} does not listen.", param="model")
             case TimeoutError():
-                return WorkerTimeoutError(f"The worker of {self.model!r} has fallen silent.")
+                seconds = getattr(self._timeouts, limit)
+                return WorkerTimeoutError(
+                    f"The worker of {self.model!r} gave no answer within {seconds:g} s (timeouts.{limit}).",
+                )
         return WorkerFailedError(f"The worker of {self.model!r} broke off the request.")
 
 

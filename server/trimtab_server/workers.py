@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -135,6 +136,8 @@ class Workers(Mapping[str, Model]):
         self._models: dict[str, Model] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._directory: Path | None = None
+        self._numbers = itertools.count()
+        """What the workers' directories are called: the path of a socket has to be short."""
         self.on_all_failed: Callable[[], None] = _nothing
         """Called when the last worker has been given up."""
         self.on_ready: OnReady = _no_preparation
@@ -205,10 +208,7 @@ class Workers(Mapping[str, Model]):
             return RemoteWorker(
                 identity, self._settings, address, metrics=self._metrics, on_ready=self.on_ready
             )
-        # Numbers, not names: the path of a socket is short.
-        number = sum(1 for _ in directory.iterdir())
-        own = directory / str(number)
-        own.mkdir()
+        own = directory / str(next(self._numbers))
         output = self._output(identity)
         return LocalWorker(
             identity, self._settings, own, output, metrics=self._metrics, on_ready=self.on_ready
@@ -233,9 +233,11 @@ def _read_keys(settings: Settings) -> dict[str, str]:
     for name, model in settings.models.items():
         for i, replica in enumerate(model.replicas):
             if variable := replica.key_variable:
-                if not os.environ.get(variable):
-                    raise SettingsError(f"models.{name}.replicas.{i}: {variable} is not in the environment")
-                keys[variable] = os.environ[variable]
+                keys[variable] = os.environ.get(variable, "").strip()
+                if not keys[variable]:
+                    raise SettingsError(
+                        f"models.{name}.replicas.{i}.key_variable: the environment has no {variable}"
+                    )
     return keys
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fastapi.testclient import TestClient
 
 import tiny
 from fake_vllm import SEEN, make_app
+from served import served
 from trimtab_processors.pack import Pack
 from trimtab_server.app import create_app
 from trimtab_server.controls import Catalogue, load_controls
@@ -55,6 +57,13 @@ def write_config(tmp_path):
     return write
 
 
+@pytest.fixture
+def serve(tmp_path):
+    """Start a gateway as a process of the test's own, with one model `m`."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **config: stack.enter_context(served(tmp_path, **config))
+
+
 class FakeWorkers(Workers):
     """Workers whose servers, but for those elsewhere, are in this process; `seen` is what each was asked."""
 
@@ -72,6 +81,7 @@ class FakeWorkers(Workers):
         if not isinstance(worker, LocalWorker):
             await super()._run(worker)
             return
+        worker._directory.mkdir()
         app = make_app(worker.id.model, self._settings.controls_of(worker.id.model))
         self.seen[worker.id.model, worker.id.index] = app[SEEN]
         runner = web.AppRunner(app, handler_cancellation=True)

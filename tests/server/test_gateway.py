@@ -6,131 +6,19 @@ import contextlib
 import http.client
 import json
 import os
-import re
-import shutil
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import openai
 import pytest
-import yaml
 
-import fake_vllm
 from processes import lives, parent_of
-from serving import free_port
+from served import CHAT, Served, ask, paused, served
 from trimtab_server.settings import Restarts
-
-FAKE = [sys.executable, fake_vllm.__file__]
-CHAT = "/v1/chat/completions"
-
-
-class Served:
-    """A gateway that runs, its log, and what there is of its workers."""
-
-    def __init__(self, directory: Path, config: dict) -> None:
-        self.port = config.setdefault("port", free_port())
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._log = directory / "gateway.log"
-        # Not below `directory`, whose long name would not leave room for a socket's.
-        self._temporary = Path(tempfile.mkdtemp(prefix="tt-", dir="/tmp"))
-        path = directory / "trimtab.yaml"
-        path.write_text(yaml.safe_dump({"logs": "logs", "tables": "tables", **config}))
-        with self._log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "trimtab_server", "serve", str(path), "--verbose"],
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "TMPDIR": str(self._temporary)},
-            )
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text()
-
-    @property
-    def leftovers(self) -> list[Path]:
-        """Temporary files of the gateway's and its workers'."""
-        return list(self._temporary.iterdir())
-
-    @property
-    def children(self) -> list[int]:
-        """Worker processes and their children, which the log names."""
-        return [int(pid) for pid in re.findall(r"(?:child|fake server) (\d+)", self.log)]
-
-    def newest(self, model: str) -> int:
-        """The process of the model's worker that was started last."""
-        return int(re.findall(rf"\[{model}\] fake server (\d+)", self.log)[-1])
-
-    def client(self, **options) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **options)
-
-    def get(self, path: str) -> tuple[int, dict]:
-        try:
-            with urllib.request.urlopen(self.url + path, timeout=5) as response:
-                return response.status, json.load(response)
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, json.load(error)
-
-    def model(self, name: str = "m") -> dict:
-        """What `/ready` says of it."""
-        return self.get("/ready")[1]["models"][name]
-
-    def seen(self, model: str) -> dict:
-        """What the worker has been asked."""
-        return self.get(f"/fake/seen?model={model}")[1]
-
-    def wait_for(self, what, seconds: float = 15):
-        """Poll until `what()` is true; returns it."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                if found := what():
-                    return found
-            time.sleep(0.03)
-        raise AssertionError(f"it did not come to pass; the gateway's log:\n{self.log}")
-
-    def wait_until_ready(self) -> Served:
-        self.wait_for(lambda: self.get("/ready")[0] == 200, seconds=60)
-        return self
-
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 15) -> int:
-        """Send a signal and wait for the end; returns the exit status."""
-        self.process.send_signal(number)
-        return self.process.wait(seconds)
-
-    def assert_nothing_is_left(self) -> None:
-        assert [pid for pid in self.children if lives(pid)] == []
-        assert self.leftovers == []
-
-    def clean_up(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        shutil.rmtree(self._temporary)
-
-
-@contextlib.contextmanager
-def served(directory: Path, **config):
-    models = config.setdefault("models", {"m": {}})
-    for model in models.values():
-        model.setdefault("model", "org/name")
-        model.setdefault("command", FAKE)
-    config.setdefault("restarts", {"backoff": 0.1, "longest": 0.2})
-    config["timeouts"] = {"stop": 1, "drain": 5, **config.get("timeouts", {})}
-    gateway = Served(directory, config)
-    try:
-        yield gateway
-    finally:
-        gateway.clean_up()
 
 
 @pytest.fixture(scope="module")
@@ -143,19 +31,6 @@ def gateway(tmp_path_factory, pack):
     }
     with served(tmp_path_factory.mktemp("gateway"), **config) as gateway:
         yield gateway.wait_until_ready()
-
-
-@pytest.fixture
-def serve(tmp_path):
-    """Start a gateway of the test's own, with one model `m`."""
-    with contextlib.ExitStack() as stack:
-        yield lambda **config: stack.enter_context(served(tmp_path, **config))
-
-
-def ask(client: openai.OpenAI, model: str = "m", **options):
-    return client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": "hi"}], **options
-    )
 
 
 # With the OpenAI SDK
@@ -183,10 +58,6 @@ def test_a_stream_says_its_control_and_arrives_piece_by_piece(gateway):
         times = [time.monotonic() for line in response.iter_lines() if line.startswith("data: {")]
     assert len(times) == 3
     assert times[2] - times[0] > 0.2
-
-
-def paused(seconds: float, tokens: int = 3) -> dict:
-    return {"fake": {"pause": seconds, "tokens": tokens}}
 
 
 def test_the_sdk_lists_the_models(gateway):

@@ -175,7 +175,7 @@ def test_a_worker_that_hangs_up_within_a_stream_ends_it_with_an_error_event(star
     response = gateway.chat(stream=True, fake={"hang_up": "midway"})
     assert response.status_code == 200
     *_, last, end = response.text.split("\n\n")
-    assert last.startswith('data: {"error": {"message": "The worker of \'m\' broke off')
+    assert last.startswith('event: error\ndata: {"error": {"message": "The worker of \'m\' broke off')
     assert end == ""
     assert "[DONE]" not in response.text
     assert 'status="502"' in gateway.client.get("/metrics").text
@@ -185,6 +185,7 @@ def test_a_worker_that_falls_silent_is_504(start):
     gateway = start(timeouts={"idle": 0.1})
     response = gateway.chat(fake={"delay": 5})
     assert (response.status_code, gateway.error(response)["code"]) == (504, "worker_timeout")
+    assert "0.1 s (timeouts.idle)" in gateway.error(response)["message"]
 
 
 # The gateway's own endpoints
