@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -39,15 +40,45 @@ def trimtab(
 
 @app.command()
 def serve(
-    config: ConfigArgument,
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[CONFIG]", help="The configuration, a YAML file; without one, the small world."
+        ),
+    ] = None,
+    *,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", metavar="[NAME=]MODEL", help="Serve this, a directory or a hub id; repeatable."
+        ),
+    ] = None,
+    controls: Annotated[
+        list[str] | None,
+        typer.Option("--control", metavar="[NAME=]PACK", help="Offer this control on them; repeatable."),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="The port to listen on.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the workers print.")] = False,
 ) -> None:
-    """Serve the configured models on one port."""
+    """Serve models on one port: those of CONFIG, those named by --model, or else the small world.
+
+    The small world, three models and a control that were made for it, is made when it is first asked for,
+    which takes minutes.
+    """
+    from trimtab_server.quick import world_settings, written_settings
     from trimtab_server.service import run_gateway
     from trimtab_server.settings import SettingsError, load_settings
 
+    options = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     try:
-        status = run_gateway(load_settings(config), verbose=verbose)
+        if models or controls:
+            settings = written_settings(config, models or [], controls or [], options)
+        elif config is not None:
+            settings = load_settings(config, options)
+        else:
+            settings = world_settings(options)
+        status = run_gateway(settings, verbose=verbose)
     except SettingsError as error:
         raise _refused(error) from error
     raise typer.Exit(status)
@@ -55,21 +86,30 @@ def serve(
 
 @app.command()
 def check(config: ConfigArgument) -> None:
-    """Check a configuration, its models' directories and its packs; nothing is started."""
-    from trimtab_server.controls import load_controls
+    """Look for what CONFIG names: models, packs, tables, devices, files, the port; nothing is started."""
+    from trimtab_server.check import check_settings
     from trimtab_server.settings import SettingsError, load_settings
 
     try:
         settings = load_settings(config)
-        load_controls(settings)
-        keys = len(settings.api_keys)
     except SettingsError as error:
         raise _refused(error) from error
-    for name, model in settings.models.items():
-        kind = "directory" if Path(str(model.model)).exists() else "hub id, not looked up"
-        offered = ", ".join(settings.controls_of(name)) or "none"
-        typer.echo(f"model {name}: {model.model} ({kind}); controls: {offered}")
-    typer.echo(f"{config} is valid: http://{settings.host}:{settings.port}, {keys} API keys")
+    faults = 0
+    for finding in check_settings(settings):
+        typer.echo(str(finding), err=finding.is_fault)
+        faults += finding.is_fault
+    if faults:
+        raise _refused(f"{config} can't be served as it is: faults above: {faults}")
+    scheme = "http" if settings.tls is None else "https"
+    typer.echo(f"{config} is valid: {scheme}://{settings.host}:{settings.port}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a configuration file."""
+    from trimtab_server.settings import settings_schema
+
+    typer.echo(json.dumps(settings_schema(), indent=2))
 
 
 @app.command("map", context_settings=_MOUNTED, add_help_option=False)
@@ -96,7 +136,7 @@ def demo(context: typer.Context) -> None:
     mapped(context.args, prog_name="trimtab demo")
 
 
-def _refused(error: Exception) -> typer.Exit:
+def _refused(error: Exception | str) -> typer.Exit:
     typer.echo(f"trimtab: {error}", err=True)
     return typer.Exit(2)
 

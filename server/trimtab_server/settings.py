@@ -1,4 +1,6 @@
-"""The configuration: one YAML file, in which every key is known and every default is written once."""
+"""The configuration: every key is known, and every default written once. The file and the environment say the
+rest; docs/configuration.md lists the keys, docs/configuration.schema.json is made from what stands here.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,20 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
+    SecretStr,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     model_validator,
 )
+from pydantic.config import JsonDict
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from trimtab_processors.pack import ControlName
 from trimtab_processors.settings import DEFAULT_TABLES, PluginSettings
+from trimtab_server.configuration import Override, describe, overlay, parse_yaml, read_environment
 
 Runner = Literal["v1", "v2"]
 CONTROL_PROCESSORS: Mapping[Runner, str] = {
@@ -43,6 +52,9 @@ RESERVED_FLAGS = frozenset(
     }
 )
 """Flags of vLLM that Trimtab sets itself, or that would put the worker out of its reach."""
+
+_AT_THE_TOP = frozenset({"controls", "control_roots", "tables"})
+"""Options of the plugin that are the same for all models."""
 
 
 class SettingsError(ValueError):
@@ -95,8 +107,29 @@ def _processor(name: str) -> str:
     return name
 
 
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    return text
+
+
+class _WithoutTop:
+    """The schema of the plugin's options without those that stand at the top of the configuration."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        reference = handler(schema)
+        properties = handler.resolve_ref_schema(reference)["properties"]
+        for name in _AT_THE_TOP & properties.keys():
+            del properties[name]
+        return reference
+
+
 def _own_options(plugin: PluginSettings) -> PluginSettings:
-    if placed := plugin.model_fields_set & {"controls", "tables"}:
+    if placed := plugin.model_fields_set & _AT_THE_TOP:
         raise ValueError(f"{', '.join(sorted(placed))} stand at the top of the configuration, not here")
     return plugin
 
@@ -110,10 +143,17 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 FlagName = Annotated[str, AfterValidator(_flag)]
 FlagValue = Annotated[bool | int | float | str | list[Any] | dict[str, Any], BeforeValidator(_given)]
 ProcessorName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*:\w+$"), AfterValidator(_processor)]
+Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^\s/?#]+)$")]
+"""As browsers write it: scheme, host and port, and no slash behind them; or * for all."""
+Text = Annotated[str, WithJsonSchema({"type": ["string", "number"]})]
+"""A text for which a number may stand."""
+_ONLY: JsonDict = {"additionalProperties": False}
+"""What pydantic's schema of a map leaves out: names that fit no pattern are refused."""
+Variables = Annotated[dict[str, Text], AfterValidator(_environment)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Timeouts(_Section):
@@ -173,21 +213,48 @@ class Limits(_Section):
 class Cors(_Section):
     """Which pages of other origins a browser lets use the gateway; none unless they stand here."""
 
-    allow_origins: tuple[str, ...] = ()
-    allow_origin_regex: str | None = None
+    allow_origins: tuple[Origin, ...] = ()
+    """Origins such as https://chat.example.org; * for all."""
+    allow_origin_regex: Annotated[str, AfterValidator(_pattern)] | None = None
+    """Further origins, as a regular expression that matches a whole one."""
     allow_credentials: bool = False
+    """Whether browsers may send cookies along; not to be had for all origins."""
     max_age: Annotated[int, Field(ge=0)] = 600
+    """For how many seconds a browser need not ask again."""
+
+    @model_validator(mode="after")
+    def _credentials_are_for_some(self) -> Self:
+        if self.allow_credentials and "*" in self.allow_origins:
+            raise ValueError("allow_credentials: not for all origins (*); name those that are meant")
+        return self
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is an origin that may."""
+        return bool(self.allow_origins) or self.allow_origin_regex is not None
 
 
 class Tls(_Section):
-    """What uvicorn is told of TLS, by its own names without `ssl_`."""
+    """How the gateway speaks HTTPS; without this section it speaks HTTP."""
 
     certfile: LocalPath
+    """The certificate, PEM, with those that lead to its root."""
     keyfile: LocalPath | None = None
-    keyfile_password: str | None = None
-    ca_certs: LocalPath | None = None
+    """Its key, PEM; none: it is in `certfile`."""
+    keyfile_password: SecretStr | None = None
+    """The password of an encrypted key; better in TRIMTAB_TLS__KEYFILE_PASSWORD than in a file."""
     require_client_certificate: bool = False
-    ciphers: str = "TLSv1"
+    """Whether clients need a certificate of their own."""
+    ca_certs: LocalPath | None = None
+    """The authorities, PEM, of whom clients may have it."""
+    ciphers: str | None = None
+    """OpenSSL's list of ciphers for TLS 1.2; none: Python's."""
+
+    @model_validator(mode="after")
+    def _authorities_are_for_clients(self) -> Self:
+        if self.require_client_certificate != (self.ca_certs is not None):
+            raise ValueError("`require_client_certificate: true` and `ca_certs` go together")
+        return self
 
 
 class Replica(_Section):
@@ -201,11 +268,11 @@ class Replica(_Section):
     """The environment variable with the API key of the server elsewhere."""
     devices: tuple[Annotated[int, Field(ge=0)] | str, ...] | None = None
     """GPUs of a worker started here (CUDA_VISIBLE_DEVICES)."""
-    cpus: str | None = None
+    cpus: Text | None = None
     """Cores of a worker started here, on CPUs, such as 0-3 (VLLM_CPU_OMP_THREADS_BIND)."""
     args: dict[FlagName, FlagValue] = Field(default_factory=dict)
     """Flags for vLLM beside the model's, and before them."""
-    env: Annotated[dict[str, str], AfterValidator(_environment)] = Field(default_factory=dict)
+    env: Variables = Field(default_factory=dict)
     """Environment variables beside the model's, and before them."""
 
     @model_validator(mode="after")
@@ -224,12 +291,12 @@ class ModelSettings(_Section):
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
     model: Location | None = None
-    """None where all its replicas are elsewhere."""
+    """A directory, or a hub id; none where all its replicas are elsewhere."""
     replicas: Annotated[tuple[Replica, ...], Field(min_length=1)] = (Replica(),)
     """Its workers, which share its load."""
     args: dict[FlagName, FlagValue] = Field(default_factory=dict)
     """Flags for vLLM, by their own names."""
-    env: Annotated[dict[str, str], AfterValidator(_environment)] = Field(default_factory=dict)
+    env: Variables = Field(default_factory=dict)
     """Environment variables of the worker, beside those of the gateway."""
     runner: Runner = "v1"
     """vLLM's model runner: v1 aligns a control's text exactly, on the host; v2 (GPUs only) keeps asynchronous
@@ -239,11 +306,13 @@ class ModelSettings(_Section):
     default_control: ControlName | None = None
     """The control of a request that names none."""
     controls: tuple[ControlName, ...] | None = None
-    """Which controls the model offers; None: all."""
-    plugin: Annotated[PluginSettings, AfterValidator(_own_options)] = PluginSettings()
+    """Which controls the model offers; none given: all."""
+    plugin: Annotated[PluginSettings, AfterValidator(_own_options), _WithoutTop()] = Field(
+        default_factory=PluginSettings
+    )
     """Further options of the control plugin."""
     command: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """The program that is given vLLM's flags; None: vLLM in this Python."""
+    """The program that is given vLLM's flags; none: vLLM in this Python."""
 
     @model_validator(mode="after")
     def _is_somewhere(self) -> Self:
@@ -255,14 +324,20 @@ class ModelSettings(_Section):
 class Settings(_Section):
     """The whole configuration."""
 
-    models: Annotated[dict[ModelName, ModelSettings], Field(min_length=1)]
-    controls: dict[ControlName, Location] = Field(default_factory=dict)
+    models: Annotated[dict[ModelName, ModelSettings], Field(min_length=1, json_schema_extra=_ONLY)]
+    """What clients call them, and what they are."""
+    controls: dict[ControlName, Location] = Field(default_factory=dict, json_schema_extra=_ONLY)
+    """What clients call them, and where their packs are: a directory, or a hub id."""
     host: str = "127.0.0.1"
+    """The address on which the gateway listens; 0.0.0.0 for all of this machine's."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """The port on which the gateway listens; 0 for any that is free."""
     api_keys_file: LocalPath | None = None
-    """One key a line; lines that begin with # are comments."""
+    """API keys, one a line; lines that begin with # are comments. Those in TRIMTAB_API_KEYS, with commas
+    between them, count too. Where there are none, nobody needs one."""
     admin_keys_file: LocalPath | None = None
-    """The same, of those who may load and unload controls; nobody may where there are none."""
+    """The same, of those who may load and unload controls, with TRIMTAB_ADMIN_KEYS; nobody may where there
+    are none."""
     protect_metrics: bool = False
     """Whether `/metrics` needs an API key too."""
     control_roots: tuple[LocalPath, ...] = ()
@@ -270,12 +345,15 @@ class Settings(_Section):
     limits: Limits = Limits()
     cors: Cors = Cors()
     tls: Tls | None = None
+    """Certificates, for HTTPS; none: HTTP."""
     timeouts: Timeouts = Timeouts()
     restarts: Restarts = Restarts()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """What the gateway's log tells."""
     log_format: Literal["text", "json"] = "text"
+    """A line of text for each entry, or a JSON object."""
     log_prompts: bool = False
-    """Whether the log shows what clients send."""
+    """Whether the log shows what clients send, of each request its first 4 KiB."""
     tables: LocalPath = Field(default=DEFAULT_TABLES, validate_default=True)
     """Where mapping tables are kept."""
     logs: LocalPath = Field(default=Path("~/.cache/trimtab/logs"), validate_default=True)
@@ -320,70 +398,49 @@ class Settings(_Section):
         return _keys(ADMIN_KEYS_VARIABLE, "admin_keys_file", self.admin_keys_file)
 
 
-def load_settings(path: Path) -> Settings:
-    """Read the configuration at `path`.
+def load_settings(path: Path, options: Mapping[str, Any] | None = None) -> Settings:
+    """Read the configuration at `path`; the environment comes before it, and `options` before both.
+
+    Args:
+        path: a YAML file; relative paths in the configuration start where it is.
+        options: values of keys at the top, by what they are called on the command line: --KEY.
 
     Raises:
-        SettingsError: the file can't be read, is no YAML, or a key is unknown, missing or wrong.
+        SettingsError: the file can't be read, is no YAML, or a key or variable is unknown, missing or wrong.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        data = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{path} can't be read: {error}") from error
     if not isinstance(data, dict):
         raise SettingsError(f"{path} is not a mapping of settings; it needs at least `models`")
+    return make_settings(data, str(path), path.parent, options)
+
+
+def make_settings(
+    data: Mapping[str, Any], source: str, base: Path, options: Mapping[str, Any] | None = None
+) -> Settings:
+    """The configuration `data`, which comes from `source`, as `load_settings` makes it of a file in `base`.
+
+    Raises:
+        SettingsError: a key or variable is unknown, missing or wrong.
+    """
+    overrides, faults = read_environment(os.environ, Settings, (API_KEYS_VARIABLE, ADMIN_KEYS_VARIABLE))
+    overrides += [Override(f"--{key}", (key,), value) for key, value in (options or {}).items()]
+    settings = None
     try:
-        return Settings.model_validate(data, context={"base": path.parent})
+        settings = Settings.model_validate(overlay(data, overrides), context={"base": base})
     except ValidationError as error:
-        faults = "\n".join(f"  {_describe(dict(fault))}" for fault in error.errors(include_url=False))
-        raise SettingsError(f"{path} is not a valid configuration:\n{faults}") from error
+        faults += [describe(fault, Settings, overrides) for fault in error.errors(include_url=False)]
+    if settings is None or faults:
+        listed = "\n".join(f"  {fault}" for fault in faults)
+        raise SettingsError(f"{source} is not a valid configuration:\n{listed}")
+    return settings
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML lets the second of two equal keys win in silence; a second model of one name is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-def _describe(fault: Mapping[str, Any]) -> str:
-    location = fault["loc"]
-    place = ".".join(str(part) for part in location if part != "[key]")
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
-        return f"{place}: unknown key; allowed here: {', '.join(sorted(_section(location).model_fields))}"
-    if fault["type"] in ("missing", "value_error"):
-        return f"{place}: {message}" if place else message
-    return f"{place}: {message}, got {str(fault['input'])[:80]!r}"
-
-
-_SECTIONS: Mapping[str, type[BaseModel]] = {
-    "timeouts": Timeouts,
-    "restarts": Restarts,
-    "limits": Limits,
-    "cors": Cors,
-    "tls": Tls,
-}
-
-
-def _section(location: tuple[int | str, ...]) -> type[BaseModel]:
-    match location[:-1]:
-        case (str(name),) if name in _SECTIONS:
-            return _SECTIONS[name]
-        case ("models", _):
-            return ModelSettings
-        case ("models", _, "plugin"):
-            return PluginSettings
-        case ("models", _, "replicas", _):
-            return Replica
-    return Settings
+def settings_schema() -> dict[str, Any]:
+    """The JSON schema of a configuration file."""
+    return {"$schema": GenerateJsonSchema.schema_dialect, **Settings.model_json_schema()}
 
 
 def _require_known(place: str, names: tuple[str, ...], known: Mapping[str, str]) -> None:

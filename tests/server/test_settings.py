@@ -115,7 +115,7 @@ def test_numbers_may_stand_for_text_in_the_environment(write_config):
         ({"models": ONE, "timeouts": {"stop": 0}}, "timeouts.stop: Input should be greater than 0, got '0'"),
         (
             {"models": {"m": {"model": "x", "plugin": {"cache": 1}}}},
-            "models.m.plugin.cache: unknown key; allowed here: cache_bytes, control_cpus, controls, neutral",
+            "models.m.plugin.cache: unknown key; allowed here: cache_bytes, control_cpus, ",
         ),
         (
             {"models": {"m": {"model": "x", "plugin": {"tables": "t"}}}},
@@ -151,6 +151,27 @@ def test_numbers_may_stand_for_text_in_the_environment(write_config):
                 "controls": {"c": "y", "d": "y"},
             },
             "models.m.default_control: no control 'c'; there is: d",
+        ),
+        (
+            {"models": ONE, "cors": {"allow_origins": ["https://a.example/"]}},
+            "cors.allow_origins.0: String should match pattern",
+        ),
+        (
+            {"models": ONE, "cors": {"allow_origins": ["*"], "allow_credentials": True}},
+            "cors: allow_credentials: not for all origins",
+        ),
+        (
+            {"models": ONE, "cors": {"allow_origin_regex": "("}},
+            "cors.allow_origin_regex: not a regular expression",
+        ),
+        (
+            {"models": ONE, "tls": {"certfile": "c", "require_client_certificate": True}},
+            "tls: `require_client_certificate: true` and `ca_certs` go together",
+        ),
+        ({"models": ONE, "tls": {"certfile": "c", "ca_certs": "d"}}, "tls: `require_client_certificate"),
+        (
+            {"models": {"m": {"model": "x", "replicas": [{"device": 0}]}}},
+            "models.m.replicas.0.device: unknown key; allowed here: args, cpus, devices, env, key_",
         ),
     ],
 )
@@ -197,6 +218,12 @@ def test_anchors_and_merges_work(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(SettingsError, match=r"nowhere.yaml can't be read"):
         load_settings(tmp_path / "nowhere.yaml")
+
+
+def test_a_password_is_in_no_message_and_no_repr(refusal, write_config):
+    tls = {"certfile": "c", "keyfile_password": "hunter2"}
+    assert "hunter2" not in repr(load_settings(write_config({"models": ONE, "tls": tls})))
+    assert "4711" not in refusal({"models": ONE, "tls": {**tls, "keyfile_password": 4711}})
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", None])
