@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from trimtab_server.controls import Catalogue
 from trimtab_server.errors import ApiError, on_api_error, on_disconnect, on_fault, on_http_exception
-from trimtab_server.exchange import Observe
+from trimtab_server.exchange import APPLIED_CONTROL, REQUEST_ID, Observe
 from trimtab_server.metrics import Metrics
 from trimtab_server.routes import Gateway, open_routes, routes
-from trimtab_server.settings import Settings
+from trimtab_server.settings import Cors, Settings
 from trimtab_server.workers import Workers
 
 
@@ -29,7 +31,10 @@ def create_app(settings: Settings, catalogue: Catalogue, workers: Workers, metri
     # The paths of the documentation are the worker's, like every other one that is not the gateway's own.
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     app.state.gateway = Gateway(settings, catalogue, workers, metrics)
-    app.add_middleware(Observe, metrics=metrics)
+    if settings.cors.is_open:
+        app.add_middleware(CORSMiddleware, **_cors_options(settings.cors))
+    # Around all others, so that a preflight that another one answers is in the log too.
+    app.add_middleware(Observe, metrics=metrics, shows_bodies=settings.log_prompts)
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(ClientDisconnect, on_disconnect)
@@ -37,3 +42,13 @@ def create_app(settings: Settings, catalogue: Catalogue, workers: Workers, metri
     app.include_router(open_routes)
     app.include_router(routes)
     return app
+
+
+def _cors_options(cors: Cors) -> dict[str, Any]:
+    """What Starlette is told: an allowed page may ask for anything, and read our own headers too."""
+    return {
+        **cors.model_dump(),
+        "allow_methods": ["*"],
+        "allow_headers": ["*"],
+        "expose_headers": [APPLIED_CONTROL, REQUEST_ID],
+    }

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import time
 import uuid
+from typing import Any
 
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab_server.errors import CLIENT_CLOSED_REQUEST
+from trimtab_server.logs import FIELDS
 from trimtab_server.metrics import Metrics
+from trimtab_server.usage import Tail
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
+APPLIED_CONTROL = "x-trimtab-control"
+"""The answer's header that says which control was applied, and how strongly."""
+SHOWN_BODY_BYTES = 4096
+"""As much of a request's body `log_prompts` shows."""
 OWN_ENDPOINTS = frozenset({"/health", "/ready", "/metrics"})
 _KNOWN_ENDPOINTS = OWN_ENDPOINTS | {
     *("/v1/models", "/v1/controls"),
@@ -30,7 +38,9 @@ _REQUEST_ID_PATTERN = re.compile(r"[\x21-\x7e]{1,128}")
 class Exchange:
     """One request and its answer, as they are counted."""
 
-    def __init__(self, metrics: Metrics, method: str, path: str, given_id: str | None) -> None:
+    def __init__(
+        self, metrics: Metrics, method: str, path: str, given_id: str | None, *, shows_body: bool = False
+    ) -> None:
         usable = given_id is not None and _REQUEST_ID_PATTERN.fullmatch(given_id)
         self.request_id = given_id if given_id and usable else uuid.uuid4().hex
         self.status: int | None = None
@@ -40,8 +50,21 @@ class Exchange:
         self._path = path
         self._endpoint = path if path in _KNOWN_ENDPOINTS else "other"
         self._model = ""
+        self._applied: str | None = None
+        self._tail = Tail()
+        self._shows_body = shows_body
         self._begun = time.perf_counter()
-        self._has_bytes = False
+        self._first_byte: float | None = None
+
+    def received(self, body: bytes) -> None:
+        """The request's body is here: the log shows its beginning, if it is to."""
+        if self._shows_body:
+            text = body[:SHOWN_BODY_BYTES].decode(errors="replace")
+            fields = {"id": self.request_id, "bytes": len(body), "body": text}
+            # As a JSON string: nothing in it can look like a line of the log.
+            logger.info(
+                "%s bytes=%d body=%s", self.request_id, len(body), json.dumps(text), extra={FIELDS: fields}
+            )
 
     def routed(self, model: str) -> None:
         """It is a worker's now; `model` is a configured name."""
@@ -52,10 +75,14 @@ class Exchange:
         """A piece of the answer is on its way."""
         if message["type"] == "http.response.start":
             self.status = message["status"] if self.status is None else self.status
-            MutableHeaders(scope=message)[REQUEST_ID] = self.request_id
-        elif message.get("body") and not self._has_bytes:
-            self._has_bytes = True
-            self._metrics.first_byte.labels(self._model, self._endpoint).observe(self._seconds())
+            headers = MutableHeaders(scope=message)
+            headers[REQUEST_ID] = self.request_id
+            self._applied = headers.get(APPLIED_CONTROL)
+        elif body := message.get("body"):
+            if self._first_byte is None:
+                self._first_byte = self._seconds()
+                self._metrics.first_byte.labels(self._model, self._endpoint).observe(self._first_byte)
+            self._tail.feed(body)
 
     def finish(self) -> None:
         """It is over: count and log it, without a word of what was said."""
@@ -65,12 +92,28 @@ class Exchange:
         seconds = self._seconds()
         self._metrics.requests.labels(self._model, self._endpoint, self.control, str(status)).inc()
         self._metrics.duration.labels(self._model, self._endpoint).observe(seconds)
-        logger.log(
-            logging.DEBUG if self._path in OWN_ENDPOINTS else logging.INFO,
-            "%s %s %s model=%s control=%s status=%d seconds=%.3f",
-            *(self.request_id, self._method, self._endpoint, self._model or "-", self.control or "-"),
-            *(status, seconds),
-        )
+        self._log(status, seconds)
+
+    def _log(self, status: int, seconds: float) -> None:
+        level = logging.DEBUG if self._path in OWN_ENDPOINTS else logging.INFO
+        if not logger.isEnabledFor(level):
+            return
+        usage = self._tail.usage()
+        start = {"id": self.request_id, "method": self._method, "endpoint": self._endpoint}
+        named: dict[str, Any] = {
+            "model": self._model or None,
+            "control": self._applied or self.control or None,
+            "status": status,
+            "seconds": round(seconds, 3),
+            "first_byte": None if self._first_byte is None else round(self._first_byte, 3),
+            "prompt_tokens": usage.prompt,
+            "completion_tokens": usage.completion,
+        }
+        words = [
+            *start.values(),
+            *(f"{key}={'-' if value is None else value}" for key, value in named.items()),
+        ]
+        logger.log(level, "%s", " ".join(words), extra={FIELDS: {**start, **named}})
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._begun
@@ -79,16 +122,19 @@ class Exchange:
 class Observe:
     """Middleware that follows every request; written against ASGI itself, so that it hides no disconnect."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, *, shows_bodies: bool = False) -> None:
         self._app = app
         self._metrics = metrics
+        self._shows_bodies = shows_bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         given_id = Headers(scope=scope).get(REQUEST_ID)
-        exchange = Exchange(self._metrics, scope["method"], scope["path"], given_id)
+        exchange = Exchange(
+            self._metrics, scope["method"], scope["path"], given_id, shows_body=self._shows_bodies
+        )
         scope.setdefault("state", {})["exchange"] = exchange
 
         async def watch(message: Message) -> None:

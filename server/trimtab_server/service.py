@@ -14,8 +14,10 @@ import uvicorn
 from trimtab_server.app import create_app
 from trimtab_server.command import PRIVATE_VLLM_KEY
 from trimtab_server.controls import Catalogue, load_controls
+from trimtab_server.logs import set_up_logging
 from trimtab_server.metrics import Metrics
-from trimtab_server.settings import Settings, SettingsError
+from trimtab_server.settings import ADMIN_KEYS_VARIABLE, Settings, SettingsError
+from trimtab_server.tls import uvicorn_options
 from trimtab_server.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -47,9 +49,10 @@ def run_gateway(settings: Settings, *, verbose: bool = False) -> int:
     """Serve until a signal. Returns the exit status.
 
     Raises:
-        SettingsError: a control's pack can't be read, or no log be written; nothing has been started.
+        SettingsError: a control's pack or a file of TLS can't be read, or no log be written; nothing has been
+            started.
     """
-    _set_up_logging(settings.log_level)
+    set_up_logging(settings.log_level, settings.log_format)
     _warn_of_open_doors(settings)
     catalogue = Catalogue(settings, load_controls(settings))
     metrics = Metrics()
@@ -62,6 +65,7 @@ def run_gateway(settings: Settings, *, verbose: bool = False) -> int:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=round(settings.timeouts.drain),
+        **uvicorn_options(settings.tls),
     )
     _make_directory(settings.logs)
     listener = config.bind_socket()
@@ -79,16 +83,15 @@ def _make_directory(logs: Path) -> None:
         raise SettingsError(f"logs: the directory can't be made: {error}") from error
 
 
-def _set_up_logging(level: str) -> None:
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # Its debug level tells of every packet.
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
-
-
 def _warn_of_open_doors(settings: Settings) -> None:
     if not settings.api_keys and not _is_loopback(settings.host):
         logger.warning(
             "listening on %s without API keys: whoever reaches this port may use it", settings.host
+        )
+    if settings.control_roots and not settings.admin_keys:
+        logger.warning(
+            "control_roots without admin keys: nobody can load a control; set admin_keys_file or %s",
+            ADMIN_KEYS_VARIABLE,
         )
     if PRIVATE_VLLM_KEY in os.environ:
         logger.warning("%s has no effect here: the gateway's keys are in TRIMTAB_API_KEYS", PRIVATE_VLLM_KEY)
