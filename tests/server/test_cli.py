@@ -24,7 +24,7 @@ def test_the_version_is_the_packages():
 
 def test_help_names_every_command():
     output = run("--help").output
-    assert all(name in output for name in ("serve", "check", "map", "world", "demo"))
+    assert all(name in output for name in ("serve", "check", "schema", "map", "world", "demo"))
 
 
 @pytest.mark.parametrize("words", [["--help"], ["map", "--help"], ["map", "build", "--help"]])
@@ -53,17 +53,6 @@ def test_a_mounted_command_keeps_its_own_name_and_options(words, option):
     assert option in done.stdout
 
 
-def test_check_tells_what_would_be_served(write_config, pack, tmp_path):
-    config = {
-        "models": {"here": {"model": str(tmp_path)}, "there": {"model": "org/name", "controls": []}},
-        "controls": {"one": str(pack)},
-    }
-    result = run("check", str(write_config(config)))
-    assert result.exit_code == 0
-    assert f"model here: {tmp_path} (directory); controls: one" in result.output
-    assert "model there: org/name (hub id, not looked up); controls: none" in result.output
-
-
 @pytest.mark.parametrize("command", ["check", "serve"])
 def test_a_wrong_key_is_said_without_a_traceback(write_config, command):
     result = run(command, str(write_config({"models": {"m": {"model": "x", "agrs": {}}}})))
@@ -88,8 +77,8 @@ def test_logs_that_cant_be_written_start_nothing(write_config, tmp_path):
     assert "logs: the directory can't be made" in result.output
 
 
-def test_a_pack_without_a_tokenizer_is_named(write_config, tmp_path):
-    (tmp_path / "empty").mkdir()
-    result = run("check", str(write_config({"models": {"m": {"model": "x"}}, "controls": {"c": "empty"}})))
+def test_a_certificate_that_cant_be_read_starts_nothing(write_config):
+    config = {"models": {"m": {"model": "x"}}, "tls": {"certfile": "missing.pem"}}
+    result = run("serve", str(write_config(config)))
     assert result.exit_code == 2
-    assert "controls.c: no tokenizer can be loaded" in result.output
+    assert "tls.certfile: " in result.output
