@@ -43,7 +43,7 @@ def serve(
     config: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[CONFIG]", help="The configuration, a YAML file; without one, the small world."
+            metavar="CONFIG", help="The configuration, a YAML file; without one, the small world."
         ),
     ] = None,
     *,

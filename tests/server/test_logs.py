@@ -71,3 +71,13 @@ warnings.warn("three")
     messages = [json.loads(line)["message"] for line in done.stderr.splitlines()]
     assert messages[:2] == ["one", "two"]
     assert "three" in messages[2]
+
+
+def test_every_line_of_a_gateway_is_an_object(serve):
+    gateway = serve(log_format="json").wait_until_ready()
+    gateway.get("/version")
+    assert gateway.stop() == 0
+    entries = [json.loads(line) for line in gateway.log.splitlines()]
+    (request,) = [entry for entry in entries if entry.get("endpoint") == "/version"]
+    assert (request["model"], request["status"]) == ("m", 202)
+    assert {"uvicorn.error", "trimtab_server.exchange"} <= {entry["logger"] for entry in entries}
