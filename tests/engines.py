@@ -22,6 +22,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import START_SECONDS, STOP_SECONDS, free_port
 
 PLUGIN = ("--logits-processors", "trimtab_processors.vllm_v1:ControlProcessor")
+HOT = (
+    *("--middleware", "trimtab_processors.endpoints.ControlEndpoints"),
+    *("--worker-extension-cls", "trimtab_processors.worker_extension.ControlWorker"),
+)
+"""What a server needs for controls that come and go while it runs."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ def engine(
     *args: str,
     plugin: Mapping[str, Any] | None = None,
     cores: str = "0",
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[Engine]:
     """Serve `model` as `m` until the block ends, with the plugin where it has settings."""
     port = free_port()
@@ -65,6 +71,7 @@ def engine(
             "VLLM_CPU_OMP_THREADS_BIND": cores,
             "PROMETHEUS_MULTIPROC_DIR": metrics,
             "VLLM_USE_V2_MODEL_RUNNER": "0",
+            **(variables or {}),
         }
         environment.pop("OMP_NUM_THREADS", None)
         process = subprocess.Popen(

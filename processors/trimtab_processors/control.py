@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class Control:
         """
         pack = load_pack(location)
         self.name = name
+        self.location = location
         self.strength = pack.strength
         encoder = load_encoder(pack.components[0].model)
         vocabulary = encoder.vocabulary
@@ -84,6 +85,16 @@ class Control:
         self.routing: Routing = PmMined(table.mapping, target.width, neutral=neutral, device=target.device)
         self.max_context = min(part.model.max_context for part in self.parts)
         self._beginning = [*vocabulary.roles.get("bos", ()), *vocabulary.roles.get("eos", ())]
+
+    def describe(self) -> dict[str, Any]:
+        """What an engine says of it: its name, its pack, how many target tokens are mapped in which way."""
+        return {
+            "id": self.name,
+            "object": "control",
+            "root": self.location,
+            "strength": self.strength,
+            "mapping": {"strategy": self.table.strategy, **self.table.coverage._asdict()},
+        }
 
     def strength_of(self, parameters: Parameters) -> float:
         """The factor on the shift that a request gets: its own, or the pack's."""

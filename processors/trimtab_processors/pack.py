@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MANIFEST = "trimtab.json"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -75,6 +78,39 @@ def load_pack(location: str) -> Pack:
         for component in pack.components
     )
     return pack.model_copy(update={"components": resolved})
+
+
+def pack_below(location: str, roots: Sequence[Path]) -> Path:
+    """The real path of a pack that stands below one of `roots`, with all that belongs to it.
+
+    Args:
+        location: a directory.
+        roots: directories.
+
+    Raises:
+        PackError: it is no directory, it or one of its files leads elsewhere, or it names a model elsewhere.
+    """
+    allowed = [root.resolve() for root in roots]
+    directory = Path(location).resolve()
+    if not any(directory.is_relative_to(root) for root in allowed):
+        raise PackError(
+            f"{location[:200]!r} is not below any of the directories that controls are loaded from"
+        )
+    if not directory.is_dir():
+        raise PackError(f"{location[:200]!r} is no directory")
+    _require_inside(directory, allowed)
+    for component in load_pack(str(directory)).components:
+        part = Path(component.model)
+        if not part.is_absolute():
+            raise PackError(f"its component {component.model[:200]!r} is no directory below it")
+        _require_inside(part, allowed)
+    return directory
+
+
+def _require_inside(directory: Path, allowed: Sequence[Path]) -> None:
+    for path in (directory, *directory.iterdir()):
+        if not any(path.resolve().is_relative_to(root) for root in allowed):
+            raise PackError(f"{path.name[:200]!r} leads out of the directories that controls are loaded from")
 
 
 def _resolve(directory: Path, model: str) -> str:

@@ -18,6 +18,7 @@ from trimtab_processors.beside import Worker
 from trimtab_processors.parameters import parse_xargs
 from trimtab_processors.runtime import Request, Runtime
 from trimtab_processors.settings import read_settings
+from trimtab_processors.worker_extension import attach
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,7 @@ class ControlProcessor(LogitsProcessor):
         self._requests: dict[int, tuple[Request, ...]] = {}
         """By row; several of one row are summed."""
         self._worker = Worker(settings.control_cpus)
+        attach(self._runtime, self._worker.wait)
         logger.info(
             "trimtab: V1 model runner on %s, alignment `retokenize`, control's forward %s, controls: %s",
             device,

@@ -17,6 +17,7 @@ from trimtab_processors.device import Batch, DeviceRuntime
 from trimtab_processors.parameters import parse_xargs
 from trimtab_processors.segments import History
 from trimtab_processors.settings import read_settings
+from trimtab_processors.worker_extension import attach
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +63,7 @@ class ControlProcessor(LogitsProcessor):
             neutral=settings.neutral,
             most_drafts=speculation.num_speculative_tokens if speculation else 0,
         )
+        attach(self._runtime, lambda: None)
         logger.info(
             "trimtab: V2 model runner on %s, alignment `segments`, controls: %s",
             req_states.device,

@@ -428,8 +428,8 @@ def test_an_abort_in_mid_stream_gives_every_block_back(world, server):
 
 
 def test_the_shifts_of_several_controls_are_summed(world, server):
-    """Each at its own strength, with its own prompt or the target's, and its own guard, which sees the target's
-    own logits."""
+    """Each at its own strength, with its own prompt or the target's, and its own guard, which sees the logits
+    of the target alone."""
     prompt = prompts(world, 1, seed=16)[0]
     given = [("other", 1.0, 0), ("chars", -0.5, 7), ("pair", 0.7, 0)]
     own = {name: own_prompt(world, name) for name in ("other", "chars")}
