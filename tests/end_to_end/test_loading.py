@@ -103,7 +103,8 @@ def follows(family, output: list[int], strength: float = 1.0) -> bool:
     """Whether each token is the slow reference's, but for ties."""
     target = Model(family.b)
     prompt = target.tokenizer.encode(next(iter(sentences(1, seed=4))))
-    steps = Reference(target, Model(family.control)).steps(prompt, [5, 6, 7], strength, output)
+    reference = Reference(target, Model(family.control), window=tiny.CONTEXT)
+    steps = reference.steps(prompt, [5, 6, 7], strength, output)
     return all(step.token == token or step.gap < 1e-4 for step, token in zip(steps, output, strict=True))
 
 
@@ -139,7 +140,7 @@ def test_requests_under_way_see_nothing_of_controls_that_come_and_go(api, family
         thread.start()
     assert all(event.wait(60) for event in begun.values())
     assert unload(server, "brief")[0] == 200
-    assert min(len(output) for output in outputs["brief"]) < longest
+    assert threads[1].is_alive()
     changes = 0
     while any(thread.is_alive() for thread in threads):
         assert load(server, "other", place)[0] == 200
