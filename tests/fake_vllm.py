@@ -13,14 +13,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
 SEEN = web.AppKey("seen", dict)
 NAME = web.AppKey("name", str)
-CONTROLS = web.AppKey("controls", list)
+CONTROLS = web.AppKey("controls", dict)
+ADMIN_KEY = web.AppKey("admin_key", str)
 METRICS = """\
 # HELP vllm:prompt_tokens_total Number of prefill tokens processed.
 # TYPE vllm:prompt_tokens_total counter
@@ -37,20 +39,28 @@ http_request_duration_seconds_sum{{handler="/x"}} 0.5
 """
 
 
-def make_app(name: str, controls: Iterable[str] = (), key: str | None = None) -> web.Application:
+def make_app(
+    name: str, controls: Mapping[str, str] | None = None, key: str | None = None, admin_key: str = ""
+) -> web.Application:
+    """A server of the model `name`; without `controls`, name to pack, one without the plugin."""
     app = web.Application(client_max_size=2**30, middlewares=[] if key is None else [_behind(key)])
     app[NAME] = name
-    app[CONTROLS] = list(controls)
-    app[SEEN] = {"requests": [], "aborted": 0}
+    if controls is not None:
+        app[CONTROLS] = dict(controls)
+        app.router.add_get("/v1/controls", list_controls)
+        app.router.add_post("/v1/load_control", load_control)
+        app.router.add_post("/v1/unload_control", unload_control)
+    app[ADMIN_KEY] = admin_key
+    app[SEEN] = {"requests": [], "aborted": 0, "changes": []}
     app.router.add_get("/health", health)
     app.router.add_get("/v1/models", models)
-    app.router.add_get("/v1/controls", list_controls)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/fake/seen", seen)
     app.router.add_post("/fake/text", text)
     app.router.add_post("/v1/chat/completions", generate)
     app.router.add_post("/v1/completions", generate)
     app.router.add_post("/v1/responses", generate)
+    app.router.add_post("/v1/messages", generate)
     app.router.add_route("*", "/{path:.*}", echo)
     return app
 
@@ -65,11 +75,39 @@ async def models(request: web.Request) -> web.Response:
 
 
 async def list_controls(request: web.Request) -> web.Response:
-    """Without controls there is no plugin, and without that no such endpoint."""
-    if not request.app[CONTROLS]:
-        raise web.HTTPNotFound
-    data = [{"id": name, "object": "control"} for name in request.app[CONTROLS]]
+    data = [
+        {"id": name, "object": "control", "root": root, "mapping": {"strategy": "pm-mined", "exact": 7}}
+        for name, root in request.app[CONTROLS].items()
+    ]
     return web.json_response({"object": "list", "data": data})
+
+
+async def load_control(request: web.Request) -> web.Response:
+    """A pack whose directory holds a file `slow` takes a while, one with `unusable` is refused."""
+    body = await _change(request, "load")
+    name, place = body["control_name"], Path(body["control_path"])
+    if (place / "slow").exists():
+        await asyncio.sleep(0.5)
+    if name in request.app[CONTROLS] or (place / "unusable").exists():
+        message = {"message": f"{name} can't be loaded here", "type": "BadRequestError"}
+        return web.json_response({"error": message}, status=400)
+    request.app[CONTROLS][name] = str(place)
+    return web.json_response({"status": "loaded"})
+
+
+async def unload_control(request: web.Request) -> web.Response:
+    body = await _change(request, "unload")
+    if request.app[CONTROLS].pop(body["control_name"], None) is None:
+        return web.json_response({"error": {"message": "no such control"}}, status=404)
+    return web.json_response({"status": "unloaded"})
+
+
+async def _change(request: web.Request, what: str) -> dict[str, Any]:
+    if request.headers.get("x-trimtab-admin-key", "") != request.app[ADMIN_KEY]:
+        raise web.HTTPForbidden
+    body = await request.json()
+    request.app[SEEN]["changes"].append([what, body["control_name"]])
+    return body
 
 
 def _behind(key: str) -> Any:
@@ -151,6 +189,7 @@ async def _stream(
             "object": "chat.completion.chunk",
             "created": 0,
             "model": payload.get("model"),
+            "system_fingerprint": str(os.getpid()),
             "choices": [delta],
         }
         await response.write(f"data: {json.dumps(chunk)}\n\n".encode())
@@ -184,8 +223,10 @@ def main() -> None:
         child = subprocess.Popen([sys.executable, "-c", stubborn])
         print(f"child {child.pid}", flush=True)
     time.sleep(float(os.environ.get("FAKE_START_SECONDS", "0")))
-    controls = known.additional_config.get("trimtab", {}).get("controls", ())
-    app = make_app(known.served_model_name, controls, known.api_key)
+    plugin = known.additional_config.get("trimtab")
+    controls = None if plugin is None else plugin.get("controls", {})
+    admin_key = os.environ.get("TRIMTAB_ADMIN_KEYS", "")
+    app = make_app(known.served_model_name, controls, known.api_key, admin_key)
     place = {"path": known.uds} if known.uds else {"host": "127.0.0.1", "port": known.port}
     web.run_app(app, **place, print=None, handler_cancellation=True)
 

@@ -157,7 +157,7 @@ class Remote:
     def __init__(self, name: str = "m", controls: Iterable[str] = (), key: str | None = None) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        told = {"trimtab": {"controls": dict.fromkeys(controls, "")}}
+        told = {"trimtab": {"controls": dict.fromkeys(controls, "")}} if controls else {}
         self._command = [
             *(*FAKE, "--port", str(self.port), "--served-model-name", name),
             *("--additional-config", json.dumps(told), *(("--api-key", key) if key else ())),
@@ -173,7 +173,7 @@ class Remote:
             time.sleep(0.03)
         raise AssertionError("the worker does not listen")
 
-    def kill(self) -> None:
+    def close(self) -> None:
         self.process.kill()
         self.process.wait()
 

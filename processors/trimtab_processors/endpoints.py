@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 ADMIN_KEYS_VARIABLE = "TRIMTAB_ADMIN_KEYS"
+ADMIN_KEY_HEADER = "x-trimtab-admin-key"
 _POLL_SECONDS = 0.05
 
 
@@ -65,11 +66,11 @@ def require_admin(request: Request) -> None:
         HTTPException: there is none, or it is wrong.
     """
     keys = {key.strip() for key in os.environ.get(ADMIN_KEYS_VARIABLE, "").split(",")} - {""}
-    given = hashlib.sha256(request.headers.get("x-trimtab-admin-key", "").encode()).digest()
+    given = hashlib.sha256(request.headers.get(ADMIN_KEY_HEADER, "").encode()).digest()
     matches = [hmac.compare_digest(given, hashlib.sha256(key.encode()).digest()) for key in keys]
     if not any(matches):
         raise HTTPException(
-            403, f"a key of this server's {ADMIN_KEYS_VARIABLE} is needed: X-Trimtab-Admin-Key"
+            403, f"a key of this server's {ADMIN_KEYS_VARIABLE} is needed: {ADMIN_KEY_HEADER}"
         )
 
 

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from trimtab_server.controls import Catalogue
-from trimtab_server.errors import ApiError, on_api_error, on_disconnect, on_fault, on_http_exception
+from trimtab_server.errors import (
+    ApiError,
+    on_api_error,
+    on_disconnect,
+    on_fault,
+    on_http_exception,
+    on_validation_error,
+)
 from trimtab_server.exchange import APPLIED_CONTROL, REQUEST_ID, Observe
+from trimtab_server.loading import Loader
 from trimtab_server.metrics import Metrics
-from trimtab_server.routes import Gateway, open_routes, routes
+from trimtab_server.routes import Gateway, admin_routes, open_routes, routes
 from trimtab_server.settings import Cors, Settings
 from trimtab_server.workers import Workers
 
@@ -28,9 +38,12 @@ def create_app(settings: Settings, catalogue: Catalogue, workers: Workers, metri
         async with workers:
             yield
 
-    # The paths of the documentation are the worker's, like every other one that is not the gateway's own.
-    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    app.state.gateway = Gateway(settings, catalogue, workers, metrics)
+    loader = Loader(settings, catalogue, workers)
+    workers.on_ready = loader.prepare
+    app = FastAPI(
+        title="Trimtab", version=version("trimtab"), lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    app.state.gateway = Gateway(settings, catalogue, workers, metrics, loader)
     if settings.cors.is_open:
         app.add_middleware(CORSMiddleware, **_cors_options(settings.cors))
     # Around all others, so that a preflight that another one answers is in the log too.
@@ -39,7 +52,9 @@ def create_app(settings: Settings, catalogue: Catalogue, workers: Workers, metri
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(ClientDisconnect, on_disconnect)
     app.add_exception_handler(Exception, on_fault)
+    app.add_exception_handler(ValidationError, on_validation_error)
     app.include_router(open_routes)
+    app.include_router(admin_routes)
     app.include_router(routes)
     return app
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from fastapi import Request
@@ -10,6 +11,7 @@ from fastapi import Request
 from trimtab_server.errors import BadRequestError, BodyTooLargeError, UnsupportedMediaTypeError
 
 _JSON = "application/json"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -46,18 +48,28 @@ def require_json(request: Request) -> None:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`. NaN and Infinity pass, as in vLLM: who reads a number checks it.
+    """The JSON object in `body`.
 
     Raises:
-        BadRequestError: it is not JSON, or not an object.
+        BadRequestError: it is not JSON, not an object, or holds a text that is none.
     """
     try:
-        value = json.loads(body)
+        value = json.loads(body, parse_constant=_refuse_constant)
+        if _SURROGATE.search(body):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadRequestError(
+            "The body is not valid JSON: it has half of a surrogate pair", code="invalid_json"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise BadRequestError(f"The body is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(value, dict):
         raise BadRequestError("The body must be a JSON object.", code="invalid_json")
     return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def _too_large(limit: int) -> BodyTooLargeError:

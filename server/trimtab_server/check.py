@@ -53,10 +53,10 @@ def _elsewhere(place: str, model: ModelSettings) -> Iterator[Finding]:
     for i, replica in enumerate(model.replicas):
         if replica.url is not None:
             yield Finding(f"{place}.replicas.{i}", f"{replica.url} (elsewhere, not asked)")
-        variable = replica.key_variable
-        if variable is not None and not os.environ.get(variable):
-            where = f"{place}.replicas.{i}.key_variable"
-            yield Finding(where, f"the environment has no {variable}", is_fault=True)
+        for key, variable in replica.key_variables.items():
+            if not os.environ.get(variable):
+                where = f"{place}.replicas.{i}.{key}"
+                yield Finding(where, f"the environment has no {variable}", is_fault=True)
 
 
 def _model(place: str, location: str, model: ModelSettings, *, controlled: bool) -> Finding:

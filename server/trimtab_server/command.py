@@ -32,6 +32,11 @@ _CONTROL_FLAGS: Mapping[str, Mapping[str, Any]] = {
     "v1": {"async-scheduling": False},
     "v2": {},
 }
+_ENDPOINTS = (
+    *("--middleware", "trimtab_processors.endpoints.ControlEndpoints"),
+    *("--worker-extension-cls", "trimtab_processors.worker_extension.ControlWorker"),
+)
+"""What lists the worker's controls, and loads and unloads them."""
 _DEFAULT_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 PRIVATE_VLLM_KEY = "VLLM_API_KEY"
 _PRIVATE_PREFIX = "TRIMTAB_"
@@ -42,7 +47,8 @@ def worker_command(settings: Settings, name: str, replica: Replica, socket: Path
     """The command line of a worker that serves the model `name` on the unix socket `socket`."""
     model = settings.models[name]
     controls = settings.controls_of(name)
-    processors = _processors(model, controls)
+    roots = settings.control_roots
+    processors = _processors(model, needed=bool(controls or roots))
     controlled = CONTROL_PROCESSORS[model.runner] in processors
     defaults = {**_DEFAULT_FLAGS, **(_CONTROL_FLAGS[model.runner] if controlled else {})}
     command = [*(model.command or VLLM), *_flags({**defaults, **model.args, **replica.args})]
@@ -51,8 +57,9 @@ def worker_command(settings: Settings, name: str, replica: Replica, socket: Path
     if processors:
         command += ["--logits-processors", *processors]
     if controlled:
-        plugin = model.plugin.model_copy(update={"controls": controls, "tables": settings.tables})
-        command += ["--additional-config", json.dumps({PLUGIN_KEY: _given(plugin)})]
+        told = {"controls": controls, "tables": settings.tables} | ({"control_roots": roots} if roots else {})
+        plugin = model.plugin.model_copy(update=told)
+        command += ["--additional-config", json.dumps({PLUGIN_KEY: _given(plugin)}), *_ENDPOINTS]
     return command
 
 
@@ -76,7 +83,8 @@ def worker_environment(settings: Settings, name: str, replica: Replica, director
 def _key_variables(settings: Settings) -> Iterator[str]:
     """Where the keys of workers elsewhere are."""
     for model in settings.models.values():
-        yield from (replica.key_variable for replica in model.replicas if replica.key_variable)
+        for replica in model.replicas:
+            yield from replica.key_variables.values()
 
 
 def _hardware(replica: Replica) -> dict[str, str]:
@@ -89,9 +97,9 @@ def _given(plugin: PluginSettings) -> dict[str, Any]:
     return plugin.model_dump(mode="json", exclude_unset=True)
 
 
-def _processors(model: ModelSettings, controls: Mapping[str, str]) -> list[str]:
-    """The model's processors; ours, for its runner, only where it has something to do."""
-    chosen = [name for name in model.processors if controls or name != CONTROL_PROCESSOR]
+def _processors(model: ModelSettings, *, needed: bool) -> list[str]:
+    """The model's processors; ours, for its runner, only where it is `needed`."""
+    chosen = [name for name in model.processors if needed or name != CONTROL_PROCESSOR]
     return [CONTROL_PROCESSORS[model.runner] if name == CONTROL_PROCESSOR else name for name in chosen]
 
 

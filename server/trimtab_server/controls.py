@@ -1,28 +1,26 @@
-"""Controls: which there are, and which one a request asks for."""
+"""Controls: which there are, and which ones a request gets."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from trimtab_mappings import VocabularyError
-from trimtab_processors.pack import Pack, PackError, Strength, load_pack
-from trimtab_processors.parameters import PREFIX, Parameters, TopK, to_xargs
-from trimtab_server.errors import BadRequestError
+from trimtab_processors.pack import Pack, PackError, load_pack
+from trimtab_processors.parameters import PREFIX, Parameters, to_xargs
+from trimtab_server.errors import BadRequestError, PromptTooLongError
 from trimtab_server.prompts import Prompter, load_prompter
+from trimtab_server.selection import FIELD, OFF, Selection, Wanted
 from trimtab_server.settings import Settings, SettingsError
 
-FIELD = "control"
 XARGS = "vllm_xargs"
-OFF = "off"
 BEAM_SEARCH = "use_beam_search"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Control:
     """A control that can be asked for."""
 
@@ -30,6 +28,30 @@ class Control:
     pack: Pack
     prompter: Prompter | None
     """None: it has no chat template; the plugin then uses the text of the target's prompt."""
+    loaded_from: str | None = None
+    """Where its pack is, if it came while the gateway ran; None: the configuration has it."""
+    models: tuple[str, ...] = ()
+    """The models that offer it."""
+    _users: int = 0
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._idle.set()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """For as long as a request is under way that has it."""
+        self._users += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._idle.set()
+
+    async def wait_until_unused(self) -> None:
+        await self._idle.wait()
 
 
 @dataclass(frozen=True)
@@ -45,59 +67,105 @@ class Choice:
         guard = "" if self.top_k is None else f";top_k={self.top_k}"
         return f"{self.control.name}={self.strength!r}{guard}"
 
-    async def xargs(self, chat: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What the plugin is told; `chat` is the body of a chat request, for a prompt of the control's own.
-
-        Raises:
-            BadRequestError: the control's template refuses the messages.
-        """
+    def parameters(self, chat: Mapping[str, Any] | None) -> Parameters:
+        """What the plugin is told; see `xargs_of`."""
         prompter = self.control.prompter
-        ids = None if chat is None or prompter is None else await asyncio.to_thread(prompter.encode, chat)
-        prompt = None if ids is None else tuple(ids)
-        name = self.control.name
-        return to_xargs([Parameters(control=name, strength=self.strength, prompt=prompt, top_k=self.top_k)])
+        prompt = None if chat is None or prompter is None else tuple(prompter.encode(chat))
+        return Parameters(control=self.control.name, strength=self.strength, prompt=prompt, top_k=self.top_k)
 
 
-class Selection(BaseModel):
-    """`control` written as an object."""
+Choices = Sequence[Choice]
+"""The controls of a request, whose shifts are summed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    name: str
-    strength: Strength | None = None
-    top_k: TopK | None = None
+def applied(choices: Choices) -> str:
+    """What an answer says of what was applied."""
+    return ",".join(map(str, choices)) or OFF
+
+
+async def xargs_of(choices: Choices, chat: Mapping[str, Any] | None, limit: int) -> dict[str, Any]:
+    """What the plugin is told.
+
+    Args:
+        choices: one at least.
+        chat: a body with `messages`, for prompts of the controls' own; None: that of the target is theirs.
+        limit: of the tokens of each such prompt.
+
+    Raises:
+        BadRequestError: a control's template refuses the messages.
+        PromptTooLongError: a prompt has more tokens.
+    """
+    parameters = await asyncio.to_thread(lambda: [choice.parameters(chat) for choice in choices])
+    for each in parameters:
+        if each.prompt is not None and len(each.prompt) > limit:
+            raise PromptTooLongError(
+                f"The prompt has {len(each.prompt)} tokens of {each.control!r}, more than {limit}.",
+                param="messages",
+            )
+    return to_xargs(parameters)
 
 
 class Catalogue:
-    """All controls, and the models that offer them."""
+    """All controls, and the models that offer them; they may come and go."""
 
     def __init__(self, settings: Settings, controls: Mapping[str, Control]) -> None:
-        self._controls = controls
-        self._offers = {model: tuple(settings.controls_of(model)) for model in settings.models}
+        self._controls = dict(controls)
+        self._limit = settings.limits.controls_per_request
         self._defaults = {name: model.default_control for name, model in settings.models.items()}
 
-    def choose(self, model: str, wanted: Any) -> Choice | None:
-        """The control that a request to `model` gets, None for none.
+    def __contains__(self, name: str) -> bool:
+        return name in self._controls
+
+    def __len__(self) -> int:
+        return len(self._controls)
+
+    def loaded(self, model: str) -> list[Control]:
+        """What `model` offers beside what the configuration has."""
+        return [
+            control
+            for control in self._controls.values()
+            if control.loaded_from is not None and model in control.models
+        ]
+
+    def add(self, control: Control) -> None:
+        """Offer a control from now on."""
+        self._controls[control.name] = control
+
+    def remove(self, name: str) -> Control:
+        """Offer it no more; requests that have it keep it.
+
+        Raises:
+            KeyError: there is none of this name.
+        """
+        return self._controls.pop(name)
+
+    def get(self, name: str) -> Control | None:
+        return self._controls.get(name)
+
+    def choose(self, model: str, wanted: Wanted | None) -> Choices:
+        """The controls that a request to `model` gets.
 
         Args:
             model: a configured model's name.
-            wanted: the body's `control`; None where it has none.
+            wanted: what the request says; None: nothing.
 
         Raises:
-            BadRequestError: `wanted` is malformed, or the model does not offer it.
+            BadRequestError: the model does not offer what is wanted, or not so much at once.
         """
-        selection = self._select(model, wanted)
-        if selection is None:
-            return None
-        if selection.name not in self._offers[model]:
+        selections = self._select(model, wanted)
+        if len(selections) > self._limit:
             raise BadRequestError(
-                f"{model!r} has no control {selection.name[:80]!r}; it has: {self._listed(model)}",
+                f"{len(selections)} controls, more than the {self._limit} that a request may sum",
                 param=FIELD,
-                code="control_not_found",
             )
-        control = self._controls[selection.name]
-        strength = control.pack.strength if selection.strength is None else selection.strength
-        return Choice(control, strength, selection.top_k)
+        names = [selection.name for selection in selections]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise BadRequestError(f"control {twice[0][:80]!r} stands twice", param=FIELD)
+        return [self._choice(model, selection) for selection in selections]
+
+    def offered(self, model: str) -> list[str]:
+        """The names of the controls that `model` offers."""
+        return [name for name, control in self._controls.items() if model in control.models]
 
     def describe(self) -> list[dict[str, Any]]:
         """What `/v1/controls` lists."""
@@ -108,44 +176,46 @@ class Catalogue:
                 "description": control.pack.description,
                 "strength": control.pack.strength,
                 "training": control.pack.training,
-                "models": [model for model, offered in self._offers.items() if name in offered],
+                "loaded": control.loaded_from is not None,
+                "models": list(control.models),
                 "default_for": [model for model, default in self._defaults.items() if default == name],
             }
             for name, control in self._controls.items()
         ]
 
-    def _select(self, model: str, wanted: Any) -> Selection | None:
-        match wanted:
-            case None:
-                return self._default(model)
-            case False:
-                return None
-            case True:
-                return self._default(model) or self._only(model)
-            case str():
-                return Selection(name=wanted)
-            case dict():
-                return _selection(wanted)
-        raise BadRequestError(
-            f"control is true, false, a name, or an object with name, strength and top_k; got"
-            f" {str(wanted)[:80]}",
-            param=FIELD,
-        )
+    def _select(self, model: str, wanted: Wanted | None) -> Sequence[Selection]:
+        if wanted is None:
+            return self._default(model)
+        if isinstance(wanted, bool):
+            return (self._default(model) or self._only(model)) if wanted else ()
+        return wanted
 
-    def _default(self, model: str) -> Selection | None:
+    def _choice(self, model: str, selection: Selection) -> Choice:
+        control = self._controls.get(selection.name)
+        if control is None or model not in control.models:
+            raise BadRequestError(
+                f"{model!r} has no control {selection.name[:80]!r}; it has: {self._listed(model)}",
+                param=FIELD,
+                code="control_not_found",
+            )
+        strength = control.pack.strength if selection.strength is None else selection.strength
+        return Choice(control, strength, selection.top_k)
+
+    def _default(self, model: str) -> Sequence[Selection]:
         default = self._defaults[model]
-        return None if default is None else Selection(name=default)
+        return () if default is None else (Selection(name=default),)
 
-    def _only(self, model: str) -> Selection:
-        if len(self._offers[model]) != 1:
+    def _only(self, model: str) -> Sequence[Selection]:
+        offered = self.offered(model)
+        if len(offered) != 1:
             raise BadRequestError(
                 f"control is true, but {model!r} has no default control; name one of: {self._listed(model)}",
                 param=FIELD,
             )
-        return Selection(name=self._offers[model][0])
+        return (Selection(name=offered[0]),)
 
     def _listed(self, model: str) -> str:
-        return ", ".join(sorted(self._offers[model])) or "none"
+        return ", ".join(sorted(self.offered(model))) or "none"
 
 
 def load_controls(settings: Settings) -> dict[str, Control]:
@@ -154,7 +224,21 @@ def load_controls(settings: Settings) -> dict[str, Control]:
     Raises:
         SettingsError: a pack or its tokenizer can't be read; the message names the control.
     """
-    return {name: _load(name, place) for name, place in settings.controls.items()}
+    offers = {model: settings.controls_of(model) for model in settings.models}
+    return {
+        name: _configured(name, place, tuple(model for model, of in offers.items() if name in of))
+        for name, place in settings.controls.items()
+    }
+
+
+def load_control(name: str, place: str, models: Sequence[str]) -> Control:
+    """Read a pack that came while the gateway runs.
+
+    Raises:
+        PackError, VocabularyError: it or its tokenizer can't be read.
+    """
+    pack = load_pack(place)
+    return Control(name, pack, load_prompter(pack), loaded_from=place, models=tuple(models))
 
 
 def refuse_own_xargs(body: Mapping[str, Any]) -> None:
@@ -182,24 +266,9 @@ def refuse_beam_search(body: Mapping[str, Any]) -> None:
         )
 
 
-def _load(name: str, place: str) -> Control:
+def _configured(name: str, place: str, models: tuple[str, ...]) -> Control:
     try:
         pack = load_pack(place)
-        return Control(name, pack, load_prompter(pack))
+        return Control(name, pack, load_prompter(pack), models=models)
     except (PackError, VocabularyError) as error:
         raise SettingsError(f"controls.{name}: {error}") from error
-
-
-def _selection(wanted: dict[str, Any]) -> Selection:
-    try:
-        return Selection.model_validate(wanted)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        param = ".".join(map(str, (FIELD, *fault["loc"])))[:80]
-        if fault["type"] == "extra_forbidden":
-            message = f"{param}: unknown key; a control has: {', '.join(Selection.model_fields)}"
-        elif fault["type"] == "missing":
-            message = f"{param}: {fault['msg']}"
-        else:
-            message = f"{param}: {fault['msg']}, got {str(fault['input'])[:80]}"
-        raise BadRequestError(message, param=param) from error

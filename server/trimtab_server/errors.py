@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -30,7 +31,8 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The error object."""
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+        error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": {key: value and _printable(value) for key, value in error.items()}}
 
 
 class BadRequestError(ApiError):
@@ -48,6 +50,33 @@ class UnauthorizedError(ApiError):
 class UnknownModelError(BadRequestError):
     status = HTTPStatus.NOT_FOUND
     code = "model_not_found"
+
+
+class ForbiddenError(ApiError):
+    """Nobody may do this here, or not with this key."""
+
+    status = HTTPStatus.FORBIDDEN
+    kind = "permission_error"
+    code = "forbidden"
+
+
+class NotFoundError(BadRequestError):
+    status = HTTPStatus.NOT_FOUND
+    code = "not_found"
+
+
+class ControlNotFoundError(NotFoundError):
+    code = "control_not_found"
+
+
+class ConflictError(BadRequestError):
+    status = HTTPStatus.CONFLICT
+    code = "conflict"
+
+
+class PromptTooLongError(BadRequestError):
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    code = "prompt_too_long"
 
 
 class BodyTooLargeError(BadRequestError):
@@ -91,6 +120,11 @@ class WorkerTimeoutError(ApiError):
     code = "worker_timeout"
 
 
+def _printable(text: str) -> str:
+    """What a client wrote may hold half a surrogate pair, which no answer can be encoded with."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 async def on_api_error(_: Request, error: Exception) -> Response:
     """Answer an `ApiError`."""
     if not isinstance(error, ApiError):
@@ -105,6 +139,15 @@ async def on_http_exception(_: Request, error: Exception) -> Response:
     kind = "invalid_request_error" if error.status_code < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
     body = {"error": {"message": error.detail, "type": kind, "param": None, "code": None}}
     return JSONResponse(body, error.status_code, headers=error.headers)
+
+
+async def on_validation_error(request: Request, error: Exception) -> Response:
+    """Answer a body of the gateway's own endpoints that is not as it should be."""
+    if not isinstance(error, ValidationError):
+        raise error
+    fault = error.errors(include_url=False)[0]
+    param = ".".join(map(str, fault["loc"]))[:80]
+    return await on_api_error(request, BadRequestError(f"{param}: {fault['msg']}", param=param))
 
 
 async def on_disconnect(_: Request, error: Exception) -> Response:

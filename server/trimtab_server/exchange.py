@@ -7,6 +7,8 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from fastapi import Request
@@ -16,18 +18,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from trimtab_server.errors import CLIENT_CLOSED_REQUEST
 from trimtab_server.logs import FIELDS
 from trimtab_server.metrics import Metrics
+from trimtab_server.selection import HEADER
 from trimtab_server.usage import Tail
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
-APPLIED_CONTROL = "x-trimtab-control"
+APPLIED_CONTROL = HEADER
 """The answer's header that says which control was applied, and how strongly."""
+SEVERAL = "several"
 SHOWN_BODY_BYTES = 4096
 """As much of a request's body `log_prompts` shows."""
 OWN_ENDPOINTS = frozenset({"/health", "/ready", "/metrics"})
 _KNOWN_ENDPOINTS = OWN_ENDPOINTS | {
-    *("/v1/models", "/v1/controls"),
+    *("/v1/models", "/v1/controls", "/v1/load_control", "/v1/unload_control", "/openapi.json"),
     *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
     *("/v1/embeddings", "/v1/audio/transcriptions", "/v1/audio/translations"),
     *("/tokenize", "/detokenize", "/pooling", "/classify", "/score", "/rerank", "/version"),
@@ -45,6 +49,8 @@ class Exchange:
         self.request_id = given_id if given_id and usable else uuid.uuid4().hex
         self.status: int | None = None
         self.control = ""
+        self.held = ExitStack()
+        """What a request holds until it is over."""
         self._metrics = metrics
         self._method = method
         self._path = path
@@ -71,6 +77,10 @@ class Exchange:
         self._model = model
         self._metrics.in_flight.labels(model).inc()
 
+    def controlled_by(self, names: Sequence[str]) -> None:
+        """It has these controls, configured or loaded ones; of several the metrics tell no names."""
+        self.control = names[0] if len(names) == 1 else SEVERAL if names else ""
+
     def sent(self, message: Message) -> None:
         """A piece of the answer is on its way."""
         if message["type"] == "http.response.start":
@@ -86,6 +96,7 @@ class Exchange:
 
     def finish(self) -> None:
         """It is over: count and log it, without a word of what was said."""
+        self.held.close()
         if self._model:
             self._metrics.in_flight.labels(self._model).dec()
         status = CLIENT_CLOSED_REQUEST if self.status is None else self.status

@@ -14,6 +14,31 @@ if TYPE_CHECKING:
     from trimtab_processors.pack import Pack
 
 
+def chat_of(path: str, body: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """A request's conversation as that of a chat request.
+
+    Args:
+        path: the endpoint.
+        body: what it was sent.
+
+    Returns:
+        A body with `messages`; None where the endpoint has no conversation, or not all of it is in the body.
+    """
+    match path:
+        case "/v1/chat/completions":
+            return body
+        case "/v1/messages":
+            return {"messages": [*_system(body.get("system")), *_listed(body.get("messages"), "messages")]}
+        case "/v1/responses" if not body.get("previous_response_id"):
+            given = body.get("input")
+            turns = (
+                [{"role": "user", "content": given}] if isinstance(given, str) else _listed(given, "input")
+            )
+            spoken = [turn for turn in turns if not isinstance(turn, dict) or "role" in turn]
+            return {"messages": [*_system(body.get("instructions")), *spoken]}
+    return None
+
+
 class Prompter:
     """Renders and tokenizes chats for one control; safe to call from several threads."""
 
@@ -59,6 +84,16 @@ def load_prompter(pack: Pack) -> Prompter | None:
     if pack.chat_template is None and tokenizer.chat_template is None:
         return None
     return Prompter(tokenizer, pack.chat_template)
+
+
+def _system(content: Any) -> list[dict[str, Any]]:
+    return [] if content is None else [{"role": "system", "content": content}]
+
+
+def _listed(turns: Any, param: str) -> list[Any]:
+    if not isinstance(turns, list):
+        raise BadRequestError(f"{param} is a list of objects, got {str(turns)[:80]}", param=param)
+    return turns
 
 
 def _messages(messages: Any) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import secrets
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -20,7 +21,7 @@ from trimtab_server.command import worker_command, worker_environment
 from trimtab_server.errors import ApiError, WorkerUnavailableError
 from trimtab_server.metrics import Metrics
 from trimtab_server.process import Output, WorkerProcess
-from trimtab_server.settings import Settings
+from trimtab_server.settings import ADMIN_KEYS_VARIABLE, Settings
 from trimtab_server.upstream import Answer, Call, Elsewhere, Here, Upstream
 
 logger = logging.getLogger(__name__)
@@ -225,7 +226,8 @@ class LocalWorker(Worker):
         on_ready: OnReady,
     ) -> None:
         self._socket = directory / "http"
-        upstream = Upstream(identity.model, Here(self._socket), settings.timeouts)
+        self._admin_key = secrets.token_urlsafe()
+        upstream = Upstream(identity.model, Here(self._socket, self._admin_key), settings.timeouts)
         super().__init__(identity, upstream, metrics=metrics, on_ready=on_ready)
         self._settings = settings
         self._directory = directory
@@ -272,7 +274,7 @@ class LocalWorker(Worker):
         what = (self._settings, self.id.model, model.replicas[self.id.index])
         process = await WorkerProcess.spawn(
             worker_command(*what, self._socket),
-            worker_environment(*what, self._directory),
+            worker_environment(*what, self._directory) | {ADMIN_KEYS_VARIABLE: self._admin_key},
             self._output,
             self._settings.timeouts.stop,
         )

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -14,19 +11,31 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from trimtab_server import openapi
 from trimtab_server.body import is_json, parse_object, read_body, require_json
-from trimtab_server.controls import FIELD, OFF, XARGS, Catalogue, refuse_beam_search, refuse_own_xargs
-from trimtab_server.errors import BadRequestError, UnauthorizedError, UnknownModelError, WorkerTimeoutError
+from trimtab_server.controls import (
+    XARGS,
+    Catalogue,
+    Choices,
+    applied,
+    refuse_beam_search,
+    refuse_own_xargs,
+    xargs_of,
+)
+from trimtab_server.errors import BadRequestError, NotFoundError, UnknownModelError, WorkerTimeoutError
 from trimtab_server.exchange import exchange_of
+from trimtab_server.keys import require_admin, require_key
+from trimtab_server.loading import LOAD, UNLOAD, Loader
 from trimtab_server.metrics import Metrics
+from trimtab_server.openapi import LoadControl, UnloadControl
+from trimtab_server.prompts import chat_of
 from trimtab_server.relay import relay
-from trimtab_server.replicas import State
+from trimtab_server.replicas import CONTROLS, MODELS, State
+from trimtab_server.selection import ALIAS, FIELD, HEADER, Wanted, from_body, from_text, split_alias
 from trimtab_server.settings import Settings
 from trimtab_server.workers import Model, Workers
 
 CHAT = "/v1/chat/completions"
-MODELS = "/v1/models"
-CONTROL_HEADER = b"x-trimtab-control"
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 
 
@@ -38,6 +47,7 @@ class Gateway:
     catalogue: Catalogue
     workers: Workers
     metrics: Metrics
+    loader: Loader
 
     def model(self, model: Any) -> Model:
         """The model of this name; without a name, the only one.
@@ -69,20 +79,22 @@ def gateway_of(request: Request) -> Gateway:
 Here = Annotated[Gateway, Depends(gateway_of)]
 
 
-def require_key(request: Request, here: Here) -> None:
-    """Refuse a request without one of the API keys, where there are any.
+def _require_key(request: Request, here: Here) -> None:
+    require_key(request, here.settings)
 
-    Raises:
-        UnauthorizedError: it has none, or a wrong one.
-    """
-    keys = here.settings.api_keys
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if keys and (scheme.lower() != "bearer" or not _matches(given.strip(), keys)):
-        raise UnauthorizedError("A valid API key is needed: Authorization: Bearer KEY")
+
+def _require_key_for_metrics(request: Request, here: Here) -> None:
+    if here.settings.protect_metrics:
+        require_key(request, here.settings)
+
+
+def _require_admin(request: Request, here: Here) -> None:
+    require_admin(request, here.settings)
 
 
 open_routes = APIRouter()
-routes = APIRouter(dependencies=[Depends(require_key)])
+routes = APIRouter(dependencies=[Depends(_require_key)], responses=openapi.ERRORS)
+admin_routes = APIRouter(dependencies=[Depends(_require_admin)], responses=openapi.ERRORS)
 
 
 @open_routes.api_route("/health", methods=["GET", "HEAD"])
@@ -101,7 +113,7 @@ async def ready(here: Here) -> JSONResponse:
     return JSONResponse(body, 200 if all_ready else 503)
 
 
-@open_routes.get("/metrics")
+@open_routes.get("/metrics", dependencies=[Depends(_require_key_for_metrics)])
 async def metrics(here: Here) -> Response:
     """The gateway's metrics and every worker's."""
     models = here.workers.values()
@@ -113,69 +125,156 @@ async def metrics(here: Here) -> Response:
     return Response(here.metrics.expose(texts), media_type=CONTENT_TYPE_LATEST)
 
 
-@routes.get("/v1/controls")
+@routes.get(CONTROLS)
 async def controls(here: Here) -> JSONResponse:
-    """The controls that there are."""
-    return JSONResponse({"object": "list", "data": here.catalogue.describe()})
+    """The controls that there are, and how each model's table maps its tokens onto theirs."""
+    mappings = await _mappings(here.workers)
+    data = [
+        {
+            **control,
+            "mappings": {name: mappings.get((name, control["id"])) for name in control["models"]},
+        }
+        for control in here.catalogue.describe()
+    ]
+    return JSONResponse({"object": "list", "data": data})
+
+
+@admin_routes.post(LOAD, openapi_extra=openapi.body_of(LoadControl))
+async def load_control(request: Request, here: Here) -> JSONResponse:
+    """Load a control into every worker that is to serve it, and offer it then."""
+    wanted = LoadControl.model_validate(await _small_object(request, here))
+    await here.loader.load(wanted.control_name, wanted.control_path, wanted.models)
+    return JSONResponse({"status": "loaded", "control_name": wanted.control_name})
+
+
+@admin_routes.post(UNLOAD, openapi_extra=openapi.body_of(UnloadControl))
+async def unload_control(request: Request, here: Here) -> JSONResponse:
+    """Offer a loaded control no more; the answer comes when no request has it, and no worker."""
+    wanted = UnloadControl.model_validate(await _small_object(request, here))
+    # It goes on where the client does not wait for it.
+    await asyncio.shield(asyncio.ensure_future(here.loader.unload(wanted.control_name)))
+    return JSONResponse({"status": "unloaded", "control_name": wanted.control_name})
 
 
 @routes.get(MODELS)
 async def models(here: Here) -> JSONResponse:
-    """The models that answer."""
-    answers = await asyncio.gather(*(model.probe(MODELS) for model in here.workers.values()))
-    data = [model for body in answers if body for model in json.loads(body)["data"]]
-    return JSONResponse({"object": "list", "data": data})
+    """The models that answer, and their aliases: each with each of its controls."""
+    cards = [card for name in here.workers if (card := await _card(here, name))]
+    aliases = [_alias_card(card, control) for card in cards for control in here.catalogue.offered(card["id"])]
+    return JSONResponse({"object": "list", "data": cards + aliases[: here.settings.limits.aliases]})
 
 
 @routes.get(MODELS + "/{name:path}")
 async def model(here: Here, name: str) -> JSONResponse:
-    """One model, as its worker describes it; vLLM itself has no such endpoint."""
-    model = here.model(name)
-    model.require_ready()
-    body = await model.probe(MODELS)
-    if body is None:
-        raise WorkerTimeoutError(f"The worker of {name!r} does not answer.", param="model")
-    return JSONResponse(json.loads(body)["data"][0])
+    """One model or alias, as its worker describes it; vLLM itself has no such endpoint."""
+    base, said = split_alias(name)
+    here.model(base).require_ready()
+    choices = here.catalogue.choose(base, from_text(said, "model")) if said is not None else ()
+    card = await _card(here, base)
+    if card is None:
+        raise WorkerTimeoutError(f"The worker of {base!r} does not answer.", param="model")
+    return JSONResponse(_alias_card(card, said, choices) if said is not None else card)
 
 
-@routes.post(CHAT)
-@routes.post("/v1/completions")
-@routes.post("/v1/responses")
-@routes.post("/v1/messages")
+@routes.post(CHAT, openapi_extra=openapi.generating("messages", "a chat"))
+@routes.post("/v1/completions", openapi_extra=openapi.generating("prompt", "a completion"))
+@routes.post("/v1/responses", openapi_extra=openapi.generating("input", "a response"))
+@routes.post("/v1/messages", openapi_extra=openapi.generating("messages", "a message"))
 async def generate(request: Request, here: Here) -> Response:
-    """Generate text, under a control where one is asked for."""
-    body = await read_body(request, here.settings.limits.body_bytes)
+    """Generate text, under controls where they are asked for."""
+    body = await _read(request, here)
     require_json(request)
     payload = parse_object(body)
-    model = _route(request, here, payload.get("model"))
+    name, said = split_alias(payload.get("model"))
+    model = _route(request, here, name)
     refuse_own_xargs(payload)
-    has_field, wanted = FIELD in payload, payload.pop(FIELD, None)
-    choice = here.catalogue.choose(model.name, wanted)
-    if choice is not None:
+    changed = FIELD in payload or said is not None
+    choices = here.catalogue.choose(model.name, _wanted(request, payload.pop(FIELD, None), said))
+    exchange = exchange_of(request)
+    exchange.controlled_by([choice.control.name for choice in choices])
+    if choices:
         refuse_beam_search(payload)
     model.require_ready()
-    if choice is not None:
-        own = await choice.xargs(payload if request.scope["path"] == CHAT else None)
+    for choice in choices:
+        exchange.held.enter_context(choice.control.in_use())
+    if choices:
+        limit = here.settings.limits.control_prompt_tokens
+        own = await xargs_of(choices, chat_of(request.scope["path"], payload), limit)
         payload[XARGS] = {**_xargs(payload), **own}
-        exchange_of(request).control = choice.control.name
-    if choice is not None or has_field:
+    if said is not None:
+        payload["model"] = name
+    if choices or changed:
         body = json.dumps(payload).encode()
-    header = (CONTROL_HEADER, (OFF if choice is None else str(choice)).encode())
+    header = (HEADER.encode(), applied(choices).encode())
     return await relay(request, model, body, [header], limited=True)
 
 
-@routes.api_route("/{path:path}", methods=_METHODS)
+@routes.api_route("/{path:path}", methods=_METHODS, include_in_schema=False)
 async def forward(request: Request, here: Here) -> Response:
     """Any other endpoint of a worker."""
-    body = await read_body(request, here.settings.limits.body_bytes)
-    model: Any = request.query_params.get("model")
+    body = await _read(request, here)
+    name, said = split_alias(request.query_params.get("model"))
     if body and is_json(request):
         payload = parse_object(body)
         refuse_own_xargs(payload)
         if FIELD in payload:
             raise BadRequestError("This endpoint takes no control.", param=FIELD)
-        model = payload.get("model", model)
-    return await relay(request, _route(request, here, model), body)
+        if "model" in payload:
+            name, said = split_alias(payload["model"])
+            if said is not None:
+                body = json.dumps(payload | {"model": name}).encode()
+    if name is None and not body and len(here.workers) > 1:
+        path = request.scope["path"][:80]
+        raise NotFoundError(
+            f"The gateway has no {request.method} {path}; of a worker's, name the model: ?model=NAME"
+        )
+    return await relay(request, _route(request, here, name), body)
+
+
+def _wanted(request: Request, field: Any, alias: str | None) -> Wanted | None:
+    """What a request says of control: in its body before in its header before in the model's name."""
+    if field is not None:
+        return from_body(field)
+    if lines := request.headers.getlist(HEADER):
+        return from_text(",".join(lines), HEADER)
+    return None if alias is None else from_text(alias, "model")
+
+
+async def _read(request: Request, here: Gateway) -> bytes:
+    body = await read_body(request, here.settings.limits.body_bytes)
+    exchange_of(request).received(body)
+    return body
+
+
+async def _small_object(request: Request, here: Gateway) -> dict[str, Any]:
+    body = await _read(request, here)
+    require_json(request)
+    return parse_object(body)
+
+
+async def _card(here: Gateway, name: str) -> dict[str, Any] | None:
+    """What a model's worker says of it; None where none answers."""
+    body = await here.workers[name].probe(MODELS)
+    if body is None:
+        return None
+    card: dict[str, Any] = next(card for card in json.loads(body)["data"] if card["id"] == name)
+    return card
+
+
+def _alias_card(card: dict[str, Any], said: str, choices: Choices = ()) -> dict[str, Any]:
+    """A model under a control, as `/v1/models` lists adapters."""
+    alias = f"{card['id']}{ALIAS}{applied(choices) if choices else said}"
+    return {**card, "id": alias, "parent": card["id"], "owned_by": "trimtab"}
+
+
+async def _mappings(workers: Workers) -> dict[tuple[str, str], Any]:
+    """By model and control, what a worker says of the table between them."""
+    bodies = await asyncio.gather(*(model.probe(CONTROLS) for model in workers.values()))
+    found = {}
+    for name, body in zip(workers, bodies, strict=True):
+        for control in json.loads(body)["data"] if body else ():
+            found[name, control["id"]] = control.get("mapping")
+    return found
 
 
 def _route(request: Request, here: Gateway, name: Any) -> Model:
@@ -189,10 +288,3 @@ def _xargs(payload: dict[str, Any]) -> dict[str, Any]:
     if xargs is not None and not isinstance(xargs, dict):
         raise BadRequestError(f"{XARGS} is an object, got {str(xargs)[:80]}", param=XARGS)
     return xargs or {}
-
-
-def _matches(given: str, keys: Iterable[str]) -> bool:
-    """Compare with every key, in a time that says nothing of any: digests are of one length."""
-    digest = hashlib.sha256(given.encode()).digest()
-    matches = [hmac.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in keys]
-    return any(matches)

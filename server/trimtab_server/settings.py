@@ -47,7 +47,7 @@ ADMIN_KEYS_VARIABLE = "TRIMTAB_ADMIN_KEYS"
 RESERVED_FLAGS = frozenset(
     {
         *("model", "served-model-name", "uds", "host", "port", "logits-processors", "additional-config"),
-        *("config", "headless", "grpc", "root-path", "api-key", "api-server-count"),
+        *("config", "headless", "grpc", "root-path", "api-key", "api-server-count", "worker-extension-cls"),
         *("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs"),
     }
 )
@@ -266,6 +266,8 @@ class Replica(_Section):
     """Where a server elsewhere answers; it serves the model by the same name, and has the plugin."""
     key_variable: str | None = None
     """The environment variable with the API key of the server elsewhere."""
+    admin_key_variable: str | None = None
+    """The environment variable with the server's admin key, where controls are to be loaded into it."""
     devices: tuple[Annotated[int, Field(ge=0)] | str, ...] | None = None
     """GPUs of a worker started here (CUDA_VISIBLE_DEVICES)."""
     cpus: Text | None = None
@@ -275,6 +277,12 @@ class Replica(_Section):
     env: Variables = Field(default_factory=dict)
     """Environment variables beside the model's, and before them."""
 
+    @property
+    def key_variables(self) -> dict[str, str]:
+        """The environment variables that it names, by the keys that name them."""
+        named = {"key_variable": self.key_variable, "admin_key_variable": self.admin_key_variable}
+        return {key: variable for key, variable in named.items() if variable is not None}
+
     @model_validator(mode="after")
     def _here_or_elsewhere(self) -> Self:
         started = sorted(self.model_fields_set & {"devices", "cpus", "args", "env"})
@@ -282,6 +290,8 @@ class Replica(_Section):
             raise ValueError(f"{', '.join(started)}: only for a worker that is started here, not at a url")
         if self.url is None and self.key_variable is not None:
             raise ValueError("key_variable: only for a worker at a url")
+        if self.url is None and self.admin_key_variable is not None:
+            raise ValueError("admin_key_variable: only for a worker at a url")
         return self
 
 

@@ -13,7 +13,9 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
+from trimtab_processors.endpoints import ADMIN_KEY_HEADER
 from trimtab_server.errors import ApiError, WorkerFailedError, WorkerTimeoutError, WorkerUnavailableError
+from trimtab_server.selection import HEADER as CONTROL_HEADER
 from trimtab_server.settings import Timeouts
 
 _HOP_BY_HOP = frozenset(
@@ -22,8 +24,12 @@ _HOP_BY_HOP = frozenset(
         *("te", "trailer", "transfer-encoding", "upgrade"),
     }
 )
-# The client library writes the length itself; keys of the gateway are no business of a worker.
-_NOT_FORWARDED = _HOP_BY_HOP | {"content-length", "authorization", "expect", "x-request-id"}
+# The client library writes the length itself; keys of the gateway are no business of a worker. Where another
+# page's script may ask, the gateway decides: vLLM would say yes to all.
+_NOT_FORWARDED = _HOP_BY_HOP | {
+    *("content-length", "expect", "x-request-id", "authorization", ADMIN_KEY_HEADER, CONTROL_HEADER),
+    *("origin", "access-control-request-method", "access-control-request-headers"),
+}
 _NOT_RETURNED = _HOP_BY_HOP | {"date", "server", "x-request-id"}
 
 # A connection for each request: the worker may close a reused one just as a request goes out, and a request
@@ -51,21 +57,23 @@ class Here:
     headers: Mapping[str, str] = {}
     dropped = _NOT_FORWARDED
 
-    def __init__(self, socket: Path) -> None:
+    def __init__(self, socket: Path, admin_key: str | None = None) -> None:
         self._socket = socket
+        self.admin_key = admin_key
 
     def connector(self) -> aiohttp.BaseConnector:
         return aiohttp.UnixConnector(path=str(self._socket), **_CONNECTIONS)
 
 
 class Elsewhere:
-    """A server at a URL; `key` is its own API key, which nobody else is sent."""
+    """A server at a URL; `key` and `admin_key` are its own keys, which nobody else is sent."""
 
     # The host that the client wrote is the gateway's.
     dropped = _NOT_FORWARDED | {"host"}
 
-    def __init__(self, url: str, key: str | None) -> None:
+    def __init__(self, url: str, key: str | None, admin_key: str | None = None) -> None:
         self.origin = url.rstrip("/")
+        self.admin_key = admin_key
         self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
 
     def connector(self) -> aiohttp.BaseConnector:
@@ -80,6 +88,12 @@ class Upstream:
         self._address = address
         self._timeouts = timeouts
         self._client: aiohttp.ClientSession | None = None
+
+    @property
+    def admin_headers(self) -> dict[str, str]:
+        """What a request must carry that changes something in the worker."""
+        key = self._address.admin_key
+        return {} if key is None else {ADMIN_KEY_HEADER: key}
 
     async def open(self) -> None:
         self._client = aiohttp.ClientSession(

@@ -204,7 +204,8 @@ class Workers(Mapping[str, Model]):
     def _worker(self, identity: WorkerId, directory: Path) -> Worker:
         replica = self._settings.models[identity.model].replicas[identity.index]
         if replica.url is not None:
-            address = Elsewhere(replica.url, self._keys.get(replica.key_variable or ""))
+            keys = (self._keys.get(name or "") for name in (replica.key_variable, replica.admin_key_variable))
+            address = Elsewhere(replica.url, *keys)
             return RemoteWorker(
                 identity, self._settings, address, metrics=self._metrics, on_ready=self.on_ready
             )
@@ -232,11 +233,11 @@ def _read_keys(settings: Settings) -> dict[str, str]:
     keys = {}
     for name, model in settings.models.items():
         for i, replica in enumerate(model.replicas):
-            if variable := replica.key_variable:
+            for key, variable in replica.key_variables.items():
                 keys[variable] = os.environ.get(variable, "").strip()
                 if not keys[variable]:
                     raise SettingsError(
-                        f"models.{name}.replicas.{i}.key_variable: the environment has no {variable}"
+                        f"models.{name}.replicas.{i}.{key}: the environment has no {variable}"
                     )
     return keys
 

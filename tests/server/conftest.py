@@ -19,7 +19,7 @@ from trimtab_server.app import create_app
 from trimtab_server.controls import Catalogue, load_controls
 from trimtab_server.metrics import Metrics
 from trimtab_server.replicas import LocalWorker, State, Worker
-from trimtab_server.settings import load_settings
+from trimtab_server.settings import Settings, load_settings
 from trimtab_server.workers import Workers
 
 
@@ -82,7 +82,8 @@ class FakeWorkers(Workers):
             await super()._run(worker)
             return
         worker._directory.mkdir()
-        app = make_app(worker.id.model, self._settings.controls_of(worker.id.model))
+        controls = self._settings.controls_of(worker.id.model)
+        app = make_app(worker.id.model, controls, admin_key=worker._admin_key)
         self.seen[worker.id.model, worker.id.index] = app[SEEN]
         runner = web.AppRunner(app, handler_cancellation=True)
         await runner.setup()
@@ -102,8 +103,11 @@ class FakeWorkers(Workers):
 class Gateway:
     """A client of a gateway in this process, and what is behind it."""
 
-    def __init__(self, client: TestClient, workers: FakeWorkers, metrics: Metrics) -> None:
+    def __init__(
+        self, client: TestClient, workers: FakeWorkers, metrics: Metrics, settings: Settings
+    ) -> None:
         self.client = client
+        self.settings = settings
         self.workers = workers
         self.metrics = metrics
 
@@ -150,7 +154,7 @@ def start(write_config):
         client = TestClient(app, raise_server_exceptions=False)
         client.__enter__()
         running.append(client)
-        return Gateway(client, workers, metrics)
+        return Gateway(client, workers, metrics, settings)
 
     yield start
     for client in running:

@@ -13,8 +13,8 @@ HEADER = "x-trimtab-control"
 
 
 def told(gateway, model):
-    """What the plugin would read from the last request."""
-    return parse_xargs(gateway.last(model).get("vllm_xargs"))
+    """What the plugin would read from the last request of its only control, if any."""
+    return next(iter(parse_xargs(gateway.last(model).get("vllm_xargs"))), None)
 
 
 def test_without_the_field_and_without_a_default_the_body_is_passed_on_byte_for_byte(start):
@@ -83,7 +83,11 @@ def test_true_means_the_only_control_where_there_is_no_default(start, pack):
         ("two", "control", "it has: one"),
         (1, "control", "got 1"),
         (0.5, "control", "got 0.5"),
-        (["one"], "control", "got ['one']"),
+        ([["one"]], "control.0", "got ['one']"),
+        (["one", 3], "control.1", "got 3"),
+        (["one", {"name": "one"}], "control", "'one' stands twice"),
+        (["one"] * 5, "control", "5 controls, more than the 4"),
+        (["one", {"name": "one", "strength": "x"}], "control.1.strength", "valid number"),
         ({}, "control.name", "Field required"),
         ({"strength": 1}, "control.name", "Field required"),
         ({"name": None}, "control.name", "valid string"),
@@ -94,8 +98,6 @@ def test_true_means_the_only_control_where_there_is_no_default(start, pack):
         ({"name": "one", "strength": -11}, "control.strength", "greater than or equal to -10"),
         ({"name": "one", "strength": "1"}, "control.strength", "valid number"),
         ({"name": "one", "strength": True}, "control.strength", "valid number"),
-        ({"name": "one", "strength": float("nan")}, "control.strength", "got nan"),
-        ({"name": "one", "strength": float("inf")}, "control.strength", "got inf"),
     ],
 )
 def test_a_malformed_or_unknown_control_is_refused_before_a_worker_sees_it(
@@ -114,6 +116,20 @@ def test_a_malformed_or_unknown_control_is_refused_before_a_worker_sees_it(
 def test_a_strength_that_overflows_is_refused_as_infinite(two_models):
     body = '{"model": "plain", "messages": [], "control": {"name": "one", "strength": 1e999}}'
     assert two_models.error(two_models.post(body))["param"] == "control.strength"
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_what_is_no_number_in_json_is_refused_wherever_it_stands(two_models, number):
+    response = two_models.post('{"model": "plain", "messages": [], "temperature": %s}' % number)
+    assert response.status_code == 400
+    assert f"{number} is no number in JSON" in two_models.error(response)["message"]
+
+
+@pytest.mark.parametrize("text", [r"\ud800", r"a\uDFFFb", r"\udc00\ud800"])
+@pytest.mark.parametrize("body", ['{"model": "%s"}', '{"%s": 1}', '{"model": "plain", "control": "%s"}'])
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(two_models, body, text):
+    response = two_models.post(body % text)
+    assert (response.status_code, two_models.error(response)["code"]) == (400, "invalid_json")
 
 
 def test_true_is_refused_where_it_could_mean_several(two_models):
@@ -142,18 +158,63 @@ def test_a_control_without_a_chat_template_leaves_the_prompt_to_the_plugin(start
     assert told(gateway, "m").prompt is None
 
 
-def test_the_responses_endpoint_takes_a_control_too(two_models):
-    response = two_models.client.post(
-        "/v1/responses", json={"model": "plain", "input": "x", "control": "two"}
-    )
+TURNS = [{"role": "user", "content": [{"type": "input_text", "text": "hi there"}]}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "read"),
+    [
+        ("/v1/responses", {"input": "x"}, "user says x."),
+        ("/v1/responses", {"input": TURNS, "instructions": "Be."}, "system says Be.. user says hi there."),
+        ("/v1/responses", {"input": [{"type": "reasoning"}, *TURNS]}, "user says hi there."),
+        ("/v1/responses", {"input": "x", "previous_response_id": "resp_1"}, None),
+        ("/v1/messages", {"messages": TURNS, "max_tokens": 9}, "user says hi there."),
+        (
+            "/v1/messages",
+            {"system": [{"type": "text", "text": "Be."}], "messages": TURNS},
+            "system says Be.. user says hi there.",
+        ),
+    ],
+)
+def test_every_endpoint_with_a_conversation_gives_the_control_its_own_prompt(
+    two_models, pack, path, body, read
+):
+    """But where some of it stands only in the worker's memory."""
+    response = two_models.client.post(path, json={"model": "plain", "control": "two", **body})
     assert response.headers[HEADER] == "two=0.5"
-    assert told(two_models, "plain").control == "two"
+    prompt = told(two_models, "plain").prompt
+    if read is None:
+        assert prompt is None
+    else:
+        assert load_tokenizer(str(pack)).decode(prompt) == f"{read} Then:"
+
+
+def test_a_prompt_of_the_controls_that_is_too_long_is_refused(start, pack):
+    gateway = start(controls={"one": str(pack)}, limits={"control_prompt_tokens": 9})
+    response = gateway.chat(model="m", control="one")
+    error = gateway.error(response)
+    assert (response.status_code, error["param"], error["code"]) == (413, "messages", "prompt_too_long")
+    assert gateway.chat(model="m").status_code == 200
+
+
+def test_the_shifts_of_a_list_are_summed_each_at_its_strength(two_models):
+    wanted = ["one", {"name": "two", "strength": -1, "top_k": 5}]
+    response = two_models.chat(model="plain", control=wanted)
+    assert response.headers[HEADER] == "one=0.5,two=-1.0;top_k=5"
+    first, second = parse_xargs(two_models.last("plain")["vllm_xargs"])
+    assert (first.control, first.strength, first.top_k) == ("one", 0.5, None)
+    assert (second.control, second.strength, second.top_k) == ("two", -1.0, 5)
+    assert first.prompt == second.prompt != ()
+
+
+def test_an_empty_list_is_off(two_models):
+    assert two_models.chat(model="steered", control=[]).headers[HEADER] == "off"
 
 
 def test_everything_else_in_the_body_survives(start, bare_pack):
     gateway = start(controls={"bare": str(bare_pack)})
     body = (
-        '{"model":"m","messages":[{"role":"user","content":"\\ud800 lone, \\u00e9"}],"control":"bare",'
+        '{"model":"m","messages":[{"role":"user","content":"\\ud83d\\ude00 pair, \\u00e9"}],"control":"bare",'
         '"big":123456789012345678901234567890,"small":0.1,"vllm_xargs":{"own":[1,"x"]},"unknown":{"a":null}}'
     )
     assert gateway.post(body).status_code == 200
@@ -197,6 +258,8 @@ def test_the_controls_are_listed_with_what_they_are_and_who_offers_them(two_mode
         "description": "keeps secrets",
         "strength": 0.5,
         "training": {"template": "a"},
+        "loaded": False,
         "models": ["plain", "steered"],
         "default_for": ["steered"],
+        "mappings": {name: {"strategy": "pm-mined", "exact": 7} for name in ("plain", "steered")},
     }

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import threading
 import time
 import urllib.error
@@ -61,7 +62,8 @@ def test_a_stream_says_its_control_and_arrives_piece_by_piece(gateway):
 
 
 def test_the_sdk_lists_the_models(gateway):
-    assert [model.id for model in gateway.client().models.list()] == ["plain", "steered"]
+    listed = [model.id for model in gateway.client().models.list()]
+    assert listed == ["plain", "steered", "plain:one", "plain:two", "steered:one"]
 
 
 def test_errors_are_those_that_the_sdk_knows(gateway):
@@ -139,6 +141,37 @@ def test_a_worker_that_dies_within_a_stream_leaves_an_error_that_the_sdk_raises(
     assert pieces == ["t0 "]
 
 
+def test_a_worker_that_is_killed_under_load_fails_what_it_had_and_no_other_model_loses_anything(gateway):
+    def stream(model):
+        stream = ask(gateway.client(), model, stream=True, extra_body=paused(0.3, tokens=8))
+        next(stream)
+        return stream
+
+    def answer() -> None:
+        with pytest.raises(openai.APIStatusError) as broken:
+            ask(gateway.client(), "plain", extra_body={"fake": {"delay": 60}})
+        failures.append((broken.value.status_code, broken.value.code))
+
+    failures: list[tuple] = []
+    waiting = [threading.Thread(target=answer) for _ in range(8)]
+    arrived = len(gateway.seen("plain")["requests"]) + len(waiting)
+    for thread in waiting:
+        thread.start()
+    gateway.wait_for(lambda: len(gateway.seen("plain")["requests"]) == arrived)
+    streams = {model: [stream(model) for _ in range(4)] for model in ("plain", "steered")}
+    with restarted(gateway, "plain"):
+        os.kill(gateway.newest("plain"), signal.SIGKILL)
+        for broken in streams["plain"]:
+            with pytest.raises(openai.APIError, match="broke off the request"):
+                list(broken)
+        for thread in waiting:
+            thread.join(10)
+        assert failures == [(502, "worker_failed")] * 8
+        assert ask(gateway.client(), "steered").choices
+        assert [len(list(whole)) for whole in streams["steered"]] == [7] * 4
+    assert ask(gateway.client(), "plain").choices
+
+
 def test_when_the_launcher_is_killed_no_worker_lives_on_and_another_comes(gateway):
     children = [pid for pid in gateway.children if lives(pid)]
     with restarted(gateway, "plain"):
@@ -180,6 +213,19 @@ def test_a_worker_that_takes_too_long_to_start_is_started_again(serve):
     assert gateway.log.count("did not answer within 0.5 s") == 2
 
 
+def test_a_worker_that_falls_silent_is_504_or_an_error_event_and_its_request_is_aborted(serve):
+    gateway = serve(timeouts={"idle": 0.5}).wait_until_ready()
+    with pytest.raises(openai.APIStatusError, match=r"0\.5 s \(timeouts\.idle\)") as silent:
+        ask(gateway.client(), extra_body={"fake": {"delay": 60}})
+    assert (silent.value.status_code, silent.value.code) == (504, "worker_timeout")
+    stream = ask(gateway.client(), stream=True, extra_body=paused(60))
+    next(stream)
+    with pytest.raises(openai.APIError, match=r"0\.5 s \(timeouts\.idle\)"):
+        next(stream)
+    gateway.wait_for(lambda: gateway.seen("m")["aborted"] == 2)
+    assert ask(gateway.client()).choices
+
+
 def test_a_program_that_does_not_exist_is_named(serve):
     gateway = serve(models={"m": {"command": ["/no/such/program"]}}, restarts={"attempts": 0})
     assert gateway.process.wait(120) == 1
@@ -202,9 +248,18 @@ def test_after_a_sigterm_a_request_in_flight_is_finished_and_nothing_is_left(ser
     stream = ask(gateway.client(), stream=True, extra_body=paused(0.4))
     first = next(stream).choices[0].delta.content
     gateway.process.send_signal(signal.SIGTERM)
+    gateway.wait_for(lambda: takes_no_connection(gateway))
     assert [first, *(piece.choices[0].delta.content for piece in stream)] == ["t0 ", "t1 ", "t2 "]
     assert gateway.process.wait(120) == 0
     gateway.assert_nothing_is_left()
+
+
+def takes_no_connection(gateway: Served) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", gateway.port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def test_a_request_that_takes_longer_than_the_drain_is_cut_off(serve):
@@ -249,7 +304,9 @@ def test_when_the_gateway_is_killed_no_worker_lives_on(serve):
 def test_sockets_are_where_no_other_user_comes(gateway):
     (directory,) = gateway.leftovers
     assert directory.stat().st_mode & 0o777 == 0o700
-    assert (directory / "0" / "http").is_socket()
+    inside = (directory / "0" / "http").stat()
+    assert stat.S_ISSOCK(inside.st_mode)
+    assert inside.st_mode & 0o777 == 0o600
 
 
 def test_a_port_that_is_taken_starts_nothing(serve):

@@ -45,7 +45,9 @@ def test_without_a_models_name_several_are_an_error(start, model):
 def test_the_query_names_the_model_where_no_body_does(start):
     gateway = start(models=TWO)
     assert gateway.client.get("/version?model=b").headers["x-from-worker"] == "b"
-    assert gateway.client.get("/version").status_code == 400
+    response = gateway.client.get("/version")
+    assert response.status_code == 404
+    assert "no GET /version; of a worker's, name the model" in gateway.error(response)["message"]
 
 
 def test_the_body_names_the_model_of_any_endpoint(start):
@@ -327,7 +329,7 @@ def test_the_log_has_a_line_for_each_request_and_no_word_of_it(start, pack, capl
     gateway = start(controls={"one": str(pack)})
     gateway.chat(model="m", control="one", user="secret", messages=[{"role": "user", "content": "secret"}])
     (line,) = [r.getMessage() for r in caplog.records if r.name == "trimtab_server.exchange"]
-    assert "POST /v1/chat/completions model=m control=one status=200 seconds=0." in line
+    assert "POST /v1/chat/completions model=m control=one=0.5 status=200 seconds=0." in line
     assert "secret" not in caplog.text
 
 

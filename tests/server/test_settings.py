@@ -171,7 +171,7 @@ def test_numbers_may_stand_for_text_in_the_environment(write_config):
         ({"models": ONE, "tls": {"certfile": "c", "ca_certs": "d"}}, "tls: `require_client_certificate"),
         (
             {"models": {"m": {"model": "x", "replicas": [{"device": 0}]}}},
-            "models.m.replicas.0.device: unknown key; allowed here: args, cpus, devices, env, key_",
+            "models.m.replicas.0.device: unknown key; allowed here: admin_key_variable, args, cpus, ",
         ),
     ],
 )

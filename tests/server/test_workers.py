@@ -232,12 +232,37 @@ def test_a_worker_that_fails_its_probes_again_and_again_gets_no_requests_until_i
         await until(lambda: worker.state is State.READY)
         assert worker.reason == ""
 
-    with contextlib.ExitStack() as stack:
-        if not here:
-            remote = Remote()
-            stack.callback(remote.kill)
+    with contextlib.closing(Remote()) as remote:
         run(test, on_ready, None if here else {"m": {"replicas": [{"url": remote.url}]}})
     assert readied == ["m", "m"]
+
+
+@pytest.mark.parametrize(
+    ("there", "reason"),
+    [
+        ({"name": "other"}, "it has no model 'm'; it has 'other'"),
+        ({"controls": ["two"]}, "it lacks controls that are offered: 'one'; it has 'two'"),
+        ({}, "/v1/controls answers with status 404: it runs without Trimtab's plugin"),
+        ({"controls": ["one"], "key": "k"}, "/v1/models answers with status 401: it wants another key"),
+    ],
+)
+def test_a_worker_elsewhere_that_can_not_serve_what_is_offered_is_unfit_and_says_why(
+    run, pack, caplog, there, reason
+):
+    readied = []
+
+    async def on_ready(upstream):
+        readied.append(upstream)
+
+    async def test(workers):
+        (worker,) = workers.all
+        await until(lambda: worker.state is State.UNFIT)
+        assert worker.reason.startswith(reason)
+        assert f"model m: unfit: {reason}" in caplog.text
+
+    with contextlib.closing(Remote(**there)) as remote:
+        run(test, on_ready, {"m": {"replicas": [{"url": remote.url}]}}, controls={"one": str(pack)})
+    assert readied == []
 
 
 def test_a_key_that_the_environment_does_not_have_is_said_before_anything_starts(write_config):

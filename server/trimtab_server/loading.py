@@ -1,0 +1,197 @@
+"""Controls that come and go while the gateway runs: in its catalogue, and in the workers that serve them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+from trimtab_mappings import VocabularyError
+from trimtab_processors.pack import PackError, pack_below
+from trimtab_server.controls import Catalogue, Control, load_control
+from trimtab_server.errors import (
+    BadRequestError,
+    ConflictError,
+    ControlNotFoundError,
+    ForbiddenError,
+    WorkerFailedError,
+)
+from trimtab_server.replicas import CONTROLS, State, Worker
+from trimtab_server.settings import CONTROL_PROCESSOR, Settings
+from trimtab_server.upstream import Upstream
+from trimtab_server.workers import Workers
+
+logger = logging.getLogger(__name__)
+
+LOAD = "/v1/load_control"
+UNLOAD = "/v1/unload_control"
+
+
+class Loader:
+    """Loads and unloads controls, one at a time."""
+
+    def __init__(self, settings: Settings, catalogue: Catalogue, workers: Workers) -> None:
+        self._settings = settings
+        self._catalogue = catalogue
+        self._workers = workers
+        self._changing = asyncio.Lock()
+        self._arriving: Control | None = None
+        self._leaving: set[str] = set()
+        """Controls that are no more offered, but still in use."""
+
+    async def load(self, name: str, path: str, models: Sequence[str] | None) -> Control:
+        """Load the pack at `path` as `name` into every worker of `models`, and offer it then.
+
+        Args:
+            name: what requests call it.
+            path: a directory below one of `control_roots`.
+            models: which models offer it; None: all that offer every control.
+
+        Raises:
+            ForbiddenError: the configuration has no `control_roots`.
+            ConflictError: there is a control of this name, or there are as many as may be.
+            BadRequestError: the pack or the models can't be used; no worker has the control.
+        """
+        if not self._settings.control_roots:
+            raise ForbiddenError("Controls can't be loaded: the configuration has no control_roots")
+        async with self._changing:
+            self._require_room(name)
+            offering = self._offering(models)
+            control = await asyncio.to_thread(self._read, name, path, offering)
+            self._arriving = control
+            try:
+                await self._load_everywhere(control)
+                self._catalogue.add(control)
+            finally:
+                self._arriving = None
+        logger.info("control %s: loaded from %s for %s", name, path, ", ".join(offering))
+        return control
+
+    async def unload(self, name: str) -> None:
+        """Offer a loaded control no more, wait for the requests that have it, and take it from the workers.
+
+        Raises:
+            ControlNotFoundError: there is none of this name.
+            ConflictError: the configuration has it.
+        """
+        async with self._changing:
+            control = self._catalogue.get(name)
+            if control is None:
+                raise ControlNotFoundError(f"There is no control {name[:80]!r}", param="control_name")
+            if control.loaded_from is None:
+                raise ConflictError(f"The control {name!r} stands in the configuration", param="control_name")
+            self._catalogue.remove(name)
+            self._leaving.add(name)
+        try:
+            await control.wait_until_unused()
+            async with self._changing:
+                await self._unload_everywhere(control)
+        finally:
+            self._leaving.discard(name)
+        logger.info("control %s: unloaded", name)
+
+    async def prepare(self, upstream: Upstream) -> None:
+        """Give a server that is about to be sent requests what was loaded before it began.
+
+        Raises:
+            ApiError: it can't have it.
+        """
+        wanted = self._catalogue.loaded(upstream.model)
+        if self._arriving and upstream.model in self._arriving.models:
+            wanted.append(self._arriving)
+        for control in wanted:
+            await _load_into(upstream, control)
+
+    def _require_room(self, name: str) -> None:
+        if name in self._catalogue or name in self._leaving:
+            raise ConflictError(f"There is a control {name!r} already; unload it first", param="control_name")
+        if len(self._catalogue) + len(self._leaving) >= self._settings.limits.controls:
+            raise ConflictError(
+                f"There are {self._settings.limits.controls} controls, as many as may be; unload one first"
+            )
+
+    def _offering(self, models: Sequence[str] | None) -> list[str]:
+        able = {
+            name: model
+            for name, model in self._settings.models.items()
+            if CONTROL_PROCESSOR in model.processors
+        }
+        if models is None:
+            models = [name for name, model in able.items() if model.controls is None]
+        if unknown := [name for name in models if name not in able]:
+            raise BadRequestError(
+                f"models: {unknown[0][:80]!r} can't have controls; these can: {', '.join(able) or 'none'}",
+                param="models",
+            )
+        if not models:
+            raise BadRequestError("models: none of them takes every control; name some", param="models")
+        return list(models)
+
+    def _read(self, name: str, path: str, models: Sequence[str]) -> Control:
+        try:
+            return load_control(name, str(pack_below(path, self._settings.control_roots)), models)
+        except (PackError, VocabularyError) as error:
+            raise BadRequestError(f"control_path: {error}", param="control_path") from error
+
+    async def _load_everywhere(self, control: Control) -> None:
+        workers = self._ready(control)
+        loading = (_load_into(worker.upstream, control) for worker in workers)
+        faults = await asyncio.gather(*loading, return_exceptions=True)
+        if fault := next((fault for fault in faults if fault is not None), None):
+            await self._unload_everywhere(control)
+            raise fault
+
+    async def _unload_everywhere(self, control: Control) -> None:
+        unloading = (_unload_from(worker.upstream, control) for worker in self._ready(control))
+        for fault in await asyncio.gather(*unloading, return_exceptions=True):
+            if fault is not None:
+                logger.warning("control %s: a worker still has it: %s", control.name, fault)
+
+    def _ready(self, control: Control) -> list[Worker]:
+        """The workers that can be told; the others are when they come."""
+        models = [self._workers[name] for name in control.models]
+        return [worker for model in models for worker in model.workers if worker.state is State.READY]
+
+
+async def _load_into(upstream: Upstream, control: Control) -> None:
+    """Load `control`, unless it is there."""
+    there = await _controls_of(upstream)
+    if there.get(control.name) == control.loaded_from:
+        return
+    if control.name in there:
+        await _unload_from(upstream, control)
+    body = {"control_name": control.name, "control_path": control.loaded_from}
+    status, answer = await upstream.post_json(LOAD, body, upstream.admin_headers)
+    if status != HTTPStatus.OK:
+        message = _message(answer)
+        if status == HTTPStatus.BAD_REQUEST:
+            raise BadRequestError(f"{upstream.model}: {message}", param="control_path")
+        raise WorkerFailedError(f"{upstream.model}: loading {control.name!r}: status {status}: {message}")
+
+
+async def _unload_from(upstream: Upstream, control: Control) -> None:
+    body = {"control_name": control.name}
+    status, answer = await upstream.post_json(UNLOAD, body, upstream.admin_headers)
+    if status not in (HTTPStatus.OK, HTTPStatus.NOT_FOUND):
+        raise WorkerFailedError(f"{upstream.model}: unloading: status {status}: {_message(answer)}")
+
+
+async def _controls_of(upstream: Upstream) -> dict[str, str]:
+    """The controls that a worker has, and where their packs are."""
+    status, content = await upstream.get(CONTROLS)
+    try:
+        if status == HTTPStatus.OK:
+            return {entry["id"]: entry.get("root") for entry in json.loads(content)["data"]}
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise WorkerFailedError(
+        f"{upstream.model}: {CONTROLS} answers with status {status} and no list of controls"
+    )
+
+
+def _message(answer: dict[str, Any]) -> str:
+    error = answer.get("error")
+    return str(error.get("message") if isinstance(error, dict) else answer)[:400]
