@@ -45,9 +45,9 @@ def make_app(
     """A server of the model `name`; without `controls`, name to pack, one without the plugin."""
     app = web.Application(client_max_size=2**30, middlewares=[] if key is None else [_behind(key)])
     app[NAME] = name
+    app.router.add_get("/v1/controls", list_controls)
     if controls is not None:
         app[CONTROLS] = dict(controls)
-        app.router.add_get("/v1/controls", list_controls)
         app.router.add_post("/v1/load_control", load_control)
         app.router.add_post("/v1/unload_control", unload_control)
     app[ADMIN_KEY] = admin_key
@@ -75,6 +75,8 @@ async def models(request: web.Request) -> web.Response:
 
 
 async def list_controls(request: web.Request) -> web.Response:
+    if CONTROLS not in request.app:
+        raise web.HTTPNotFound
     data = [
         {"id": name, "object": "control", "root": root, "mapping": {"strategy": "pm-mined", "exact": 7}}
         for name, root in request.app[CONTROLS].items()

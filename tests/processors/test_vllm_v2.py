@@ -61,7 +61,9 @@ def check(rows, references):
             expected = row.before.clone()
             for each in parse_xargs(row.job.xargs):
                 reference = references[each.control]
-                shift = reference.shift(reference.context(row.job.prompt, each.prompt and [*each.prompt], row.output))
+                shift = reference.shift(
+                    reference.context(row.job.prompt, each.prompt and [*each.prompt], row.output)
+                )
                 expected += each.strength * guarded(row, shift, each.top_k)
             torch.testing.assert_close(row.after, expected, atol=1e-4, rtol=1e-4)
             checked += 1

@@ -120,7 +120,7 @@ def test_a_strength_that_overflows_is_refused_as_infinite(two_models):
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
 def test_what_is_no_number_in_json_is_refused_wherever_it_stands(two_models, number):
-    response = two_models.post('{"model": "plain", "messages": [], "temperature": %s}' % number)
+    response = two_models.post(f'{{"model": "plain", "messages": [], "temperature": {number}}}')
     assert response.status_code == 400
     assert f"{number} is no number in JSON" in two_models.error(response)["message"]
 

@@ -87,7 +87,7 @@ def test_the_body_goes_before_the_header_that_before_the_alias_and_that_before_t
         ("one,one", "stands twice"),
         ("one=1=2", "'one=1=2' is not a name"),
         ("off,one", "no control 'off'"),
-        ("ø", "no control 'Ã¸'"),
+        ("\xf8", "no control '\xc3\xb8'"),
     ],
 )
 def test_what_can_not_be_understood_is_refused_with_its_place(two_models, said, part):
