@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 import urllib.request
 from pathlib import Path
@@ -16,7 +17,8 @@ from serving import ENGINE, engine_environment, gateway, get_json
 
 pytestmark = pytest.mark.engine
 
-FEW_AT_ONCE = ENGINE | {"max-num-seqs": 8}
+# An engine that is much faster than vLLM's front end leaves that no time to see a client go.
+FEW_AT_ONCE = ENGINE | {"max-num-seqs": 2}
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +28,12 @@ def directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(family, directory):
+    (directory / "admin-keys").write_text("chief")
+    shutil.copytree(family.control, directory / "packs" / "late")
     config = {
         "controls": {"control": str(family.control)},
+        "control_roots": ["packs"],
+        "admin_keys_file": "admin-keys",
         "tables": str(directory / "tables"),
         "models": {"a": {"model": str(family.a), "args": FEW_AT_ONCE, "env": engine_environment(0)}},
     }
@@ -97,10 +103,27 @@ def test_vllms_other_endpoints_answer(url):
     assert get_json(f"{url}/v1/models")["data"][0]["max_model_len"] == 256
 
 
+def test_a_control_is_loaded_into_the_engine_and_unloaded(client, url, directory):
+    """What it says is what the same pack says that was there from the start; lists are summed."""
+    chief = client.with_options(api_key="chief")
+    place = str(directory / "packs" / "late")
+    chief.post("/load_control", body={"control_name": "late", "control_path": place}, cast_to=object)
+    listed = {control["id"]: control for control in get_json(f"{url}/v1/controls")["data"]}
+    assert listed["late"]["mappings"] == listed["control"]["mappings"]
+    assert listed["late"]["mappings"]["a"]["exact"] > 0
+    steered = text_of(ask(client, {"name": "control", "strength": 4}))
+    assert text_of(ask(client, {"name": "late", "strength": 4})) == steered
+    halves = [{"name": name, "strength": 2} for name in ("late", "control")]
+    assert text_of(ask(client, halves)) == steered
+    chief.post("/unload_control", body={"control_name": "late"}, cast_to=object)
+    with pytest.raises(openai.BadRequestError, match="no control 'late'"):
+        ask(client, "late")
+
+
 def test_a_client_that_goes_away_ends_the_generation_in_the_engine(client, url):
-    answers, tokens = 128, 200  # of which few run at once: it takes many seconds
+    answers, tokens = 32, 200  # of which few run at once: it takes many seconds
     before = sample(url, "vllm:generation_tokens_total", model_name="a")
-    with ask(client, stream=True, n=answers, temperature=1, max_tokens=tokens) as stream:
+    with ask(client, "control", stream=True, n=answers, temperature=1, max_tokens=tokens) as stream:
         next(iter(stream))
     deadline = time.monotonic() + 60
     while sample(url, "vllm:num_requests_running", model_name="a"):
