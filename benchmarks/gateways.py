@@ -113,7 +113,7 @@ def gateway(
         shutil.copytree(world.control, directory / "packs" / LATE)
         (directory / "sockets").mkdir()
         (directory / "admin-keys").write_text(ADMIN_KEY, encoding="utf-8")
-        port = _free_port()
+        port = free_port()
         command = {"command": [sys.executable, str(stand_in)]} if stand_in else {}
         config = {
             "port": port,
@@ -169,7 +169,7 @@ async def _until_ready(running: Gateway) -> None:
     raise RuntimeError(f"the gateway did not get ready:\n{last}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
