@@ -4,12 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Libraries of clients, some of whose pins are not vLLM's: for the examples and for Schemathesis.
+CLIENTS := .venv-clients
+CLIENTS_READY := $(CLIENTS)/.ready
 # uv reads find-links from its own variable only.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .PHONY: setup demo test bench check format lock clean
 
-setup: $(READY)
+setup: $(READY) $(CLIENTS_READY)
 
 # The lock file holds every package, so nothing is resolved; torch's CPU build comes from the index that pip is
 # set up with or, failing that, from PyTorch's own.
@@ -21,7 +24,12 @@ $(READY): pyproject.toml requirements/cpu.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
 
-demo: setup
+$(CLIENTS_READY): requirements/clients.txt $(READY)
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(BIN)/uv pip install --python $(CLIENTS)/bin/python --no-deps -r requirements/clients.txt
+	touch $@
+
+demo: $(READY)
 	$(BIN)/trimtab demo
 
 test: setup
@@ -45,8 +53,10 @@ format: setup
 lock: setup
 	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --override requirements/overrides.txt \
 	  --no-emit-index-url --no-annotate --no-header -o requirements/cpu.txt
+	$(BIN)/uv pip compile requirements/clients.in --python-version 3.11 \
+	  --no-emit-index-url --no-annotate --no-header -o requirements/clients.txt
 	UV_FIND_LINKS= $(BIN)/uv pip compile pyproject.toml --extra cuda --python-platform x86_64-manylinux_2_28 \
 	  --no-emit-index-url --no-annotate --no-header -o requirements/cuda.txt
 
 clean:
-	rm -rf $(VENV) .trimtab .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(CLIENTS) .trimtab .mypy_cache .ruff_cache .pytest_cache

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,8 @@ ADDED_GOAL = 3.0  # ms, of a short request at the median
 THROUGHPUT_GOAL = 0.97  # of that of streams to the worker directly
 PATH = "/v1/chat/completions"
 PROXY = Path(".venv-clients/bin/litellm")
+KEY = f"sk-{secrets.token_urlsafe(24)}"
+"""Of LiteLLM's proxy, which does not start without one."""
 
 Series = dict[str, list[float]]
 """A figure of each round, by way."""
@@ -83,7 +86,11 @@ async def measure(
     async with contextlib.AsyncExitStack() as stack:
         ways = {
             name: await stack.enter_async_context(
-                aiohttp.ClientSession(address, connector=aiohttp.TCPConnector(limit=0))
+                aiohttp.ClientSession(
+                    address,
+                    connector=aiohttp.TCPConnector(limit=0),
+                    headers={"authorization": f"Bearer {KEY}"},
+                )
             )
             for name, address in addresses.items()
             if address
@@ -161,7 +168,11 @@ def proxy(behind: str) -> Iterator[str | None]:
         return
     parameters = {"model": f"hosted_vllm/{MODEL}", "api_base": f"{behind}/v1", "api_key": "none"}
     config = {"model_list": [{"model_name": MODEL, "litellm_params": parameters}]}
-    environment = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+    environment = os.environ | {
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else it asks for a list of prices
+        "LITELLM_LOG": "ERROR",
+        "LITELLM_MASTER_KEY": KEY,
+    }
     port = free_port()
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "config.yaml"

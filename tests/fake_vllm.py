@@ -164,7 +164,19 @@ async def generate(request: web.Request) -> web.StreamResponse:
         raise
 
 
-async def _answer(_: web.Request, payload: dict[str, Any], __: dict[str, Any]) -> web.Response:
+async def _answer(request: web.Request, payload: dict[str, Any], __: dict[str, Any]) -> web.Response:
+    if request.path == "/v1/messages":
+        message = {
+            "id": "msg_1",
+            "type": "message",
+            "role": "assistant",
+            "model": payload.get("model"),
+            "content": [{"type": "text", "text": "one two"}],
+            "stop_reason": "end_turn",
+            "stop_sequence": None,
+            "usage": {"input_tokens": 1, "output_tokens": 2},
+        }
+        return web.json_response(message)
     body = {
         "id": "chatcmpl-1",
         "object": "chat.completion",
