@@ -37,6 +37,7 @@ class Served:
         self.port = config.setdefault("port", free_port())
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = directory / "gateway.log"
+        self._clients: list[openai.OpenAI] = []
         # Not below `directory`, whose long name would not leave room for a socket's.
         self._temporary = Path(tempfile.mkdtemp(prefix="tt-", dir="/tmp"))
         path = directory / "trimtab.yaml"
@@ -68,7 +69,12 @@ class Served:
         return int(re.findall(rf"\[{model}\] fake server (\d+)", self.log)[-1])
 
     def client(self, **options) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **options)
+        """A client, which is closed with the gateway."""
+        client = openai.OpenAI(
+            **{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **options}
+        )
+        self._clients.append(client)
+        return client
 
     def get(self, path: str) -> tuple[int, dict]:
         try:
@@ -123,6 +129,8 @@ class Served:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        for client in self._clients:
+            client.close()
         shutil.rmtree(self._temporary)
 
 

@@ -40,15 +40,17 @@ class Asking(threading.Thread):
     def __init__(self, gateway: Served, user: str, **options) -> None:
         super().__init__(daemon=True)
         self.answer = None
-        self.error: openai.APIError | None = None
+        self.error: openai.APIStatusError | None = None
         self._gateway, self._user, self._options = gateway, user, options
         self.start()
 
     def run(self) -> None:
         try:
             self.answer = ask(self._gateway.client(), user=self._user, **self._options)
-        except openai.APIError as error:
+        except openai.APIStatusError as error:
             self.error = error
+        except openai.APIConnectionError:  # the end of the test
+            pass
 
 
 def queued(gateway: Served, model: str = "m") -> float:
@@ -141,9 +143,9 @@ def test_when_the_worker_dies_the_line_does_not_wait_for_ever(gateway, full):
     os.kill(gateway.newest("m"), signal.SIGKILL)
     for asking in waiting:
         asking.join(10)
-        assert asking.error is not None
-        assert asking.error.status_code == 503
-        assert asking.error.code == "model_not_ready"
+        # 502 where the worker's socket still took a connection while its process ended.
+        told = (asking.error.status_code, asking.error.code)
+        assert told in ((503, "model_not_ready"), (502, "worker_failed"))
     gateway.wait_for(lambda: gateway.model("m")["state"] == "ready")
     assert ask(gateway.client(), "m").choices
 

@@ -123,8 +123,7 @@ def test_a_worker_elsewhere_gets_its_key_and_nothing_that_is_the_gateways(serve,
     worker = remote(key="a-secret")
     gateway = serve(models={"m": {"replicas": [{"url": worker.url + "/", "key_variable": "ELSEWHERE"}]}})
     gateway.wait_until_ready()
-    client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="ours", max_retries=0)
-    assert ask(client).system_fingerprint == str(worker.process.pid)
+    assert ask(gateway.client(api_key="ours")).system_fingerprint == str(worker.process.pid)
     headers = {name.lower(): value for name, value in worker.seen()["requests"][-1]["headers"].items()}
     assert headers["authorization"] == "Bearer a-secret"
     assert headers["host"] == f"127.0.0.1:{worker.port}"
