@@ -1,6 +1,7 @@
 """What the gateway costs: one worker addressed directly, through the gateway, and through LiteLLM's proxy.
 
-A real engine with a model of the small world. Short requests one after the other, in turn by each way; then
+A real engine with a model of the small world, which is so fast that the servers around it are all that is
+measured, or with one of 322 M parameters. Short requests one after the other, in turn by each way; then
 many streams at once, in turn by each way. Only what was measured within seconds of each other is compared.
 The client, all servers and the engine share the machine's cores.
 """
@@ -28,14 +29,15 @@ from rich.console import Console
 from rich.table import Table
 
 from gateways import WORLD, free_port, gateway, the_world
+from models import make_model
 from serving import START_SECONDS, STOP_SECONDS
-from trimtab_training.world import World
+from vocabularies import real
 
 MODEL = "a"
 DIRECT, OURS, LITELLM = "direct", "gateway", "litellm"
 ADDED_GOAL = 3.0  # ms, of a short request at the median
 THROUGHPUT_GOAL = 0.97  # of that of streams to the worker directly
-PATH = "/v1/chat/completions"
+PATH = "/v1/completions"
 PROXY = Path(".venv-clients/bin/litellm")
 KEY = f"sk-{secrets.token_urlsafe(24)}"
 """Of LiteLLM's proxy, which does not start without one."""
@@ -50,13 +52,18 @@ def main(
     streams: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 32,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each stream.")] = 128,
     *,
+    large: Annotated[bool, typer.Option(help="The model of 322 M parameters.")] = False,
     world: Annotated[Path, typer.Option(help="The small world; made where it is not there.")] = WORLD,
     stand_in: Annotated[Path | None, typer.Option(help="A program in the place of vLLM.")] = None,
 ) -> None:
     """Measure, and compare."""
     made = the_world(world)
     with contextlib.ExitStack() as stack:
-        behind = stack.enter_context(worker(made, stand_in))
+        place = made.models[MODEL]
+        if large:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            make_model(place, "target", real("mistral-v1", place))
+        behind = stack.enter_context(worker(place, stand_in))
         there = {"models": {MODEL: {"replicas": [{"url": behind}], "controls": []}}, "log_level": "warning"}
         running = stack.enter_context(gateway(made, [], None, there))
         addresses = {DIRECT: behind, OURS: running.url, LITELLM: stack.enter_context(proxy(behind))}
@@ -75,7 +82,7 @@ def main(
         "added": results[OURS]["added_ms"]["median"] <= ADDED_GOAL,
         "throughput": results[OURS]["throughput_ratio"]["median"] >= THROUGHPUT_GOAL,
     }
-    sizes = {"rounds": rounds, "requests": requests, "streams": streams, "tokens": tokens}
+    sizes = {"large": large, "rounds": rounds, "requests": requests, "streams": streams, "tokens": tokens}
     print(json.dumps({"benchmark": "gateway_overhead", **sizes, "goals_met": goals, "results": results}))
 
 
@@ -113,7 +120,7 @@ async def measure(
 def body(tokens: int, *, stream: bool) -> dict[str, Any]:
     return {
         "model": MODEL,
-        "messages": [{"role": "user", "content": "Where does Lukas live?"}],
+        "prompt": "Lukas lives in",
         "max_tokens": tokens,
         "temperature": 0,
         "stream": stream,
@@ -146,12 +153,12 @@ async def read_stream(session: aiohttp.ClientSession, tokens: int) -> None:
 
 
 @contextlib.contextmanager
-def worker(world: World, stand_in: Path | None) -> Iterator[str]:
+def worker(model: Path, stand_in: Path | None) -> Iterator[str]:
     """A vLLM server on a port, which all ways lead to; gives its address."""
     port = free_port()
     program = [str(stand_in)] if stand_in else ["-m", "vllm.entrypoints.openai.api_server"]
     command = [
-        *(sys.executable, *program, "--model", str(world.models[MODEL]), "--served-model-name", MODEL),
+        *(sys.executable, *program, "--model", str(model), "--served-model-name", MODEL),
         *("--port", str(port), "--dtype", "float32", "--enforce-eager", "--disable-uvicorn-access-log"),
     ]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
