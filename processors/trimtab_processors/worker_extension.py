@@ -80,7 +80,7 @@ class ControlWorker:
         if (error := loading.exception()) is None:
             return ""
         logger.error("trimtab: the control %r can't be loaded", name, exc_info=error)
-        return str(error)
+        return str(error) or repr(error)
 
     def trimtab_end_loading(self, name: str, install: bool) -> None:
         """Let requests name what was loaded, or forget it."""

@@ -48,8 +48,8 @@ def worker_command(settings: Settings, name: str, replica: Replica, socket: Path
     model = settings.models[name]
     controls = settings.controls_of(name)
     roots = settings.control_roots
-    processors = _processors(model, needed=bool(controls or roots))
-    controlled = CONTROL_PROCESSORS[model.runner] in processors
+    controlled = settings.can_steer(name)
+    processors = _processors(model, controlled=controlled)
     defaults = {**_DEFAULT_FLAGS, **(_CONTROL_FLAGS[model.runner] if controlled else {})}
     command = [*(model.command or VLLM), *_flags({**defaults, **model.args, **replica.args})]
     # Last, since the last of two equal flags wins, whatever abbreviation the first one is written in.
@@ -97,9 +97,9 @@ def _given(plugin: PluginSettings) -> dict[str, Any]:
     return plugin.model_dump(mode="json", exclude_unset=True)
 
 
-def _processors(model: ModelSettings, *, needed: bool) -> list[str]:
-    """The model's processors; ours, for its runner, only where it is `needed`."""
-    chosen = [name for name in model.processors if needed or name != CONTROL_PROCESSOR]
+def _processors(model: ModelSettings, *, controlled: bool) -> list[str]:
+    """The model's processors; ours, for its runner, only where it has something to do."""
+    chosen = [name for name in model.processors if controlled or name != CONTROL_PROCESSOR]
     return [CONTROL_PROCESSORS[model.runner] if name == CONTROL_PROCESSOR else name for name in chosen]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
@@ -20,7 +21,7 @@ from trimtab_server.errors import (
     WorkerFailedError,
 )
 from trimtab_server.replicas import CONTROLS, State, Worker
-from trimtab_server.settings import CONTROL_PROCESSOR, Settings
+from trimtab_server.settings import Settings
 from trimtab_server.upstream import Upstream
 from trimtab_server.workers import Workers
 
@@ -41,6 +42,8 @@ class Loader:
         self._arriving: Control | None = None
         self._leaving: set[str] = set()
         """Controls that are no more offered, but still in use."""
+        self._left_behind: defaultdict[Upstream, set[str]] = defaultdict(set)
+        """What a worker may still have, though it should not."""
 
     async def load(self, name: str, path: str, models: Sequence[str] | None) -> Control:
         """Load the pack at `path` as `name` into every worker of `models`, and offer it then.
@@ -102,7 +105,14 @@ class Loader:
         wanted = self._catalogue.loaded(upstream.model)
         if self._arriving and upstream.model in self._arriving.models:
             wanted.append(self._arriving)
-        for control in wanted:
+        await self._bring(upstream, *wanted)
+
+    async def _bring(self, upstream: Upstream, *controls: Control) -> None:
+        """Load `controls` into a worker that first lets go of what it should not have any more."""
+        for name in [*self._left_behind[upstream]]:
+            await _unload_from(upstream, name)
+            self._left_behind[upstream].discard(name)
+        for control in controls:
             await _load_into(upstream, control)
 
     def _require_room(self, name: str) -> None:
@@ -114,13 +124,9 @@ class Loader:
             )
 
     def _offering(self, models: Sequence[str] | None) -> list[str]:
-        able = {
-            name: model
-            for name, model in self._settings.models.items()
-            if CONTROL_PROCESSOR in model.processors
-        }
+        able = [name for name in self._settings.models if self._settings.can_steer(name)]
         if models is None:
-            models = [name for name, model in able.items() if model.controls is None]
+            models = [name for name in able if self._settings.models[name].controls is None]
         if unknown := [name for name in models if name not in able]:
             raise BadRequestError(
                 f"models: {unknown[0][:80]!r} can't have controls; these can: {', '.join(able) or 'none'}",
@@ -137,32 +143,36 @@ class Loader:
             raise BadRequestError(f"control_path: {error}", param="control_path") from error
 
     async def _load_everywhere(self, control: Control) -> None:
-        workers = self._ready(control)
-        loading = (_load_into(worker.upstream, control) for worker in workers)
+        loading = (self._bring(worker.upstream, control) for worker in self._ready(control))
         faults = await asyncio.gather(*loading, return_exceptions=True)
         if fault := next((fault for fault in faults if fault is not None), None):
             await self._unload_everywhere(control)
             raise fault
 
     async def _unload_everywhere(self, control: Control) -> None:
-        unloading = (_unload_from(worker.upstream, control) for worker in self._ready(control))
+        for worker in self._workers_of(control):
+            self._left_behind[worker.upstream].add(control.name)
+        unloading = (self._bring(worker.upstream) for worker in self._ready(control))
         for fault in await asyncio.gather(*unloading, return_exceptions=True):
             if fault is not None:
-                logger.warning("control %s: a worker still has it: %s", control.name, fault)
+                logger.warning("control %s: a worker may still have it: %s", control.name, fault)
+
+    def _workers_of(self, control: Control) -> list[Worker]:
+        models = [self._workers[name] for name in control.models]
+        return [worker for model in models for worker in model.workers]
 
     def _ready(self, control: Control) -> list[Worker]:
-        """The workers that can be told; the others are when they come."""
-        models = [self._workers[name] for name in control.models]
-        return [worker for model in models for worker in model.workers if worker.state is State.READY]
+        """Those that can be told; the others are when they come."""
+        return [worker for worker in self._workers_of(control) if worker.state is State.READY]
 
 
 async def _load_into(upstream: Upstream, control: Control) -> None:
-    """Load `control`, unless it is there."""
+    """Load `control`, unless it is there already."""
     there = await _controls_of(upstream)
     if there.get(control.name) == control.loaded_from:
         return
     if control.name in there:
-        await _unload_from(upstream, control)
+        await _unload_from(upstream, control.name)
     body = {"control_name": control.name, "control_path": control.loaded_from}
     status, answer = await upstream.post_json(LOAD, body, upstream.admin_headers)
     if status != HTTPStatus.OK:
@@ -172,8 +182,8 @@ async def _load_into(upstream: Upstream, control: Control) -> None:
         raise WorkerFailedError(f"{upstream.model}: loading {control.name!r}: status {status}: {message}")
 
 
-async def _unload_from(upstream: Upstream, control: Control) -> None:
-    body = {"control_name": control.name}
+async def _unload_from(upstream: Upstream, name: str) -> None:
+    body = {"control_name": name}
     status, answer = await upstream.post_json(UNLOAD, body, upstream.admin_headers)
     if status not in (HTTPStatus.OK, HTTPStatus.NOT_FOUND):
         raise WorkerFailedError(f"{upstream.model}: unloading: status {status}: {_message(answer)}")

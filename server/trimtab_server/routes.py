@@ -257,8 +257,7 @@ async def _card(here: Gateway, name: str) -> dict[str, Any] | None:
     body = await here.workers[name].probe(MODELS)
     if body is None:
         return None
-    card: dict[str, Any] = next(card for card in json.loads(body)["data"] if card["id"] == name)
-    return card
+    return next((card for card in json.loads(body)["data"] if card["id"] == name), None)
 
 
 def _alias_card(card: dict[str, Any], said: str, choices: Choices = ()) -> dict[str, Any]:

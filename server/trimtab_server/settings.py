@@ -380,9 +380,15 @@ class Settings(_Section):
     @model_validator(mode="after")
     def _controls_can_run(self) -> Self:
         for name, model in self.models.items():
-            if CONTROL_PROCESSOR in model.processors and self.controls_of(name):
+            if self.can_steer(name):
                 _require_generation(name, model)
         return self
+
+    def can_steer(self, model: str) -> bool:
+        """Whether the workers of `model` have the plugin: it offers controls, or may be given some."""
+        settings = self.models[model]
+        may_be_given = bool(self.control_roots) and settings.controls is None
+        return CONTROL_PROCESSOR in settings.processors and (may_be_given or bool(self.controls_of(model)))
 
     def controls_of(self, model: str) -> dict[str, str]:
         """The controls that `model` offers, and where their packs are."""

@@ -227,6 +227,26 @@ def test_a_worker_that_comes_back_has_what_was_loaded_before_it_gets_requests(ga
     assert worker.state is State.READY
 
 
+def test_a_worker_that_comes_back_lets_go_of_what_was_unloaded_without_it(gateway):
+    """Else the same name would mean the old pack when it is loaded again."""
+    load(gateway)
+    worker = gateway.worker("twin", 1)
+    worker.state = State.UNRESPONSIVE
+    assert unload(gateway).status_code == 200
+    assert changes(gateway, "twin", 1) == [["load", "late"]]
+    assert load(gateway).status_code == 200
+    gateway.client.portal.call(worker._become_ready)
+    assert changes(gateway, "twin", 1) == [["load", "late"], ["unload", "late"], ["load", "late"]]
+
+
+def test_a_model_that_takes_no_control_is_given_none(start, root):
+    gateway = start(control_roots=["root"], models={"m": {"model": ".", "controls": []}, "n": {"model": "."}})
+    assert load(gateway).status_code == 200
+    assert listed(gateway)["late"]["models"] == ["n"]
+    response = load(gateway, "other", models=["m"])
+    assert "'m' can't have controls; these can: n" in gateway.error(response)["message"]
+
+
 def test_loading_holds_up_nobody(gateway, root):
     (root / "pack" / "slow").touch()
     with ThreadPoolExecutor() as pool:

@@ -46,6 +46,8 @@ def test_what_can_not_run_beside_a_control_is_refused_at_start(refusal, write_co
     assert refusal({"models": {"m": model}, "controls": {"c": "org/c"}}).startswith(said)
     without = {"models": {"m": {**model, "controls": []}}, "controls": {"c": "org/c"}}
     assert load_settings(write_config(without)).controls_of("m") == {}
+    assert refusal({"models": {"m": model}, "control_roots": ["/"]}).startswith(said)
+    assert load_settings(write_config(without | {"control_roots": ["/"]})).can_steer("m") is False
 
 
 @pytest.mark.parametrize(
