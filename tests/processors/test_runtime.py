@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
 from reference import Model, Reference
 from tiny import CONTEXT, Family, sentences
 from trimtab_mappings import load_vocabulary
+from trimtab_processors import metrics
 from trimtab_processors.control import Target
 from trimtab_processors.parameters import Parameters
 from trimtab_processors.runtime import Request, Runtime
@@ -110,6 +113,28 @@ def test_a_context_past_the_window_keeps_its_beginning_and_its_end(family, tmp_p
         torch.testing.assert_close(request.row, plain.logits([bos, *whole[start:]]), atol=2e-4, rtol=1e-4)
         output.append(token)
     assert len(whole) > CONTEXT
+
+
+def rolled_back(name):
+    return metrics.ROLLED_BACK.labels(name, "control")._value.get()
+
+
+def test_what_is_taken_back_behind_a_moved_window_is_computed_anew(family, tmp_path):
+    """Text that is tokenized anew when the context has outgrown the window."""
+    runtime, rng = make_runtime(family, "b", tmp_path), random.Random(4)
+    output = []
+    prompt = (*runtime._controls["control"]._beginning[:1], *range(10, 240))
+    request = runtime.open(Parameters(control="control", prompt=prompt), [5], output)
+    plain, before = Model(family.control), None
+    for _ in range(60):
+        output.append(rng.randrange(20, 800))
+        runtime.step([request])
+        torch.testing.assert_close(
+            request.row, plain.logits(request.sequences[0].tokens), atol=2e-4, rtol=1e-4
+        )
+        if request._dropped and before is None:
+            before = rolled_back("b")
+    assert rolled_back("b") > before
 
 
 def test_an_engine_without_the_control_goes_on_without(family, tmp_path):
