@@ -23,6 +23,7 @@ def ask(model: str, **options) -> str:
     return answer.content[0].text
 
 
-print("off:  ", ask(MODEL, extra_body={"control": False}))
-print("body: ", ask(MODEL, extra_body={"control": {"name": CONTROL, "strength": 0.7}}))
-print("alias:", ask(f"{MODEL}:{CONTROL}=0.7"))
+print("off:   ", ask(MODEL, extra_body={"control": False}))
+print("body:  ", ask(MODEL, extra_body={"control": {"name": CONTROL, "strength": 0.7}}))
+print("header:", ask(MODEL, extra_headers={"X-Trimtab-Control": f"{CONTROL}=0.7"}))
+print("alias: ", ask(f"{MODEL}:{CONTROL}=0.7"))

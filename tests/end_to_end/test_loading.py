@@ -15,6 +15,7 @@ from openai import BadRequestError, OpenAI
 import tiny
 from engines import HOT, Engine, engine
 from reference import Model, Reference
+from serving import gateway
 from tiny import sentences
 
 pytestmark = pytest.mark.engine
@@ -199,3 +200,28 @@ def test_a_pack_that_can_not_be_loaded_costs_nobody_anything(api, family, server
     assert load(server, "late", place)[0] == 200
     assert unload(server, "late")[0] == 200
     assert complete(api, family, "first").choices[0].token_ids
+
+
+def test_a_gateway_elsewhere_loads_into_this_server(family, server, place, tmp_path, monkeypatch):
+    """It is a replica of a model of the gateway's, which checks it and has a key for it."""
+    monkeypatch.setenv("THERE", KEY)
+    (tmp_path / "admin-keys").write_text("the gateway's")
+    config = {
+        "controls": {"first": str(family.control)},
+        "control_roots": [str(place.parent)],
+        "admin_keys_file": str(tmp_path / "admin-keys"),
+        "tables": str(tmp_path),
+        "models": {"m": {"replicas": [{"url": server.url, "admin_key_variable": "THERE"}]}},
+    }
+    with gateway(tmp_path, config) as url, OpenAI(base_url=f"{url}/v1", api_key="the gateway's") as api:
+
+        def text(control) -> str:
+            options = {"model": "m", "prompt": "Bo said", "max_tokens": TOKENS, "temperature": 0}
+            return api.completions.create(**options, extra_body={"control": control}).choices[0].text
+
+        body = {"control_name": "late", "control_path": str(place)}
+        api.post("/load_control", body=body, cast_to=object)
+        assert names(server) == ["first", "late"]
+        assert text("late") == text("first") != text(False)
+        api.post("/unload_control", body={"control_name": "late"}, cast_to=object)
+        assert names(server) == ["first"]
