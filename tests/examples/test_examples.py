@@ -110,7 +110,7 @@ def test_an_sdk_asks_without_control_and_with_it_in_the_body_a_header_and_an_ali
 
 def test_an_example_asks_for_the_model_and_the_control_that_the_environment_names(gateway):
     variables = {"BASE_URL": gateway.url, "MODEL": "a:off", "CONTROL": "other"}
-    with pytest.raises(AssertionError, match="There is no control 'other'"):
+    with pytest.raises(AssertionError, match="'a' has no control 'other'"):
         run("openai_sync.py", **variables)
     assert gateway.seen("a")["requests"][-1]["body"]["model"] == "a"
 
