@@ -18,7 +18,7 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab_processors.pack import ControlName, PackError, pack_below
-from trimtab_processors.settings import command_line_settings, known_controls
+from trimtab_processors.settings import command_line_settings, control_vocab_size, known_controls
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -82,9 +82,11 @@ _changing = asyncio.Lock()
 
 @_router.get("/v1/controls")
 async def list_controls(request: Request) -> dict[str, Any]:
-    """The controls that this server's engine has."""
+    """The controls that this server's engine has, and requests may name."""
     first, *_ = await _engine(request).collective_rpc("trimtab_describe")
-    return {"object": "list", "data": first}
+    known = known_controls()
+    data = [control for control in first if known is None or control["id"] in known]
+    return {"object": "list", "data": data}
 
 
 @_router.post("/v1/load_control", dependencies=[_Admin])
@@ -93,6 +95,7 @@ async def load_control(request: Request, body: LoadControl) -> dict[str, Any]:
     settings, controls = command_line_settings(), known_controls()
     if settings is None or controls is None or not settings.control_roots:
         raise HTTPException(403, "this server loads no controls: its plugin has no control_roots")
+    _require_one_engine(request)
     async with _changing:
         if body.control_name in controls:
             raise HTTPException(409, f"there is a control {body.control_name!r} already; unload it first")
@@ -101,20 +104,36 @@ async def load_control(request: Request, body: LoadControl) -> dict[str, Any]:
             await _load(_engine(request), body.control_name, location)
         except PackError as error:
             raise HTTPException(400, f"control_path: {error}") from error
+        control_vocab_size.cache_clear()  # a pack of the same place may be another one now
+        await asyncio.to_thread(control_vocab_size, location)
         controls[body.control_name] = location
     return {"status": "loaded", "control_name": body.control_name}
 
 
 @_router.post("/v1/unload_control", dependencies=[_Admin])
 async def unload_control(request: Request, body: UnloadControl) -> dict[str, Any]:
-    """Refuse the control to further requests. Those that have it keep it, on the V1 model runner."""
+    """Refuse the control to further requests. Those that run with it keep it, on the V1 model runner; those
+    that wait, or are preempted, go on without.
+    """
     controls = known_controls()
     async with _changing:
-        if controls is None or body.control_name not in controls:
-            raise HTTPException(404, f"there is no control {body.control_name!r}")
-        del controls[body.control_name]
+        known = controls.pop(body.control_name, None) if controls is not None else None
         await _engine(request).collective_rpc("trimtab_unload", args=(body.control_name,))
+        if known is None:
+            raise HTTPException(404, f"there is no control {body.control_name!r}")
     return {"status": "unloaded", "control_name": body.control_name}
+
+
+def _require_one_engine(request: Request) -> None:
+    """Each front end and each data-parallel engine would have to be told, and only one of them can be.
+
+    Raises:
+        HTTPException: there are several.
+    """
+    started = request.app.state.args
+    servers = getattr(started, "api_server_count", None) or 1
+    if started.data_parallel_size > 1 or servers > 1:
+        raise HTTPException(501, "controls are loaded only where there is one engine and one API server")
 
 
 def _engine(request: Request) -> Any:
@@ -122,8 +141,8 @@ def _engine(request: Request) -> Any:
 
 
 async def _load(engine: Any, name: str, location: str) -> None:
-    await engine.collective_rpc("trimtab_begin_loading", args=(name, location))
     faults: list[str | None] = [None]
+    await engine.collective_rpc("trimtab_begin_loading", args=(name, location))
     try:
         while None in faults:
             await asyncio.sleep(_POLL_SECONDS)

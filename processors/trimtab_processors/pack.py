@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,7 +14,17 @@ MANIFEST = "trimtab.json"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_STRENGTH = 10.0
 
-ControlName = Annotated[str, Field(pattern=NAME_PATTERN)]
+RESERVED_NAMES = frozenset({"on", "off"})
+"""What a request says of control in general, where it could also name one."""
+
+
+def _not_reserved(name: str) -> str:
+    if name in RESERVED_NAMES:
+        raise ValueError(f"{name!r} is no name for a control: it has a meaning of its own")
+    return name
+
+
+ControlName = Annotated[str, Field(pattern=NAME_PATTERN), AfterValidator(_not_reserved)]
 Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)]
 
 
@@ -73,6 +83,8 @@ def load_pack(location: str) -> Pack:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
         raise PackError(f"{manifest} is not a valid manifest: {faults}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise PackError(f"{manifest} can't be read: {error}") from error
     resolved = tuple(
         component.model_copy(update={"model": _resolve(directory, component.model)})
         for component in pack.components
@@ -90,7 +102,15 @@ def pack_below(location: str, roots: Sequence[Path]) -> Path:
     Raises:
         PackError: it is no directory, it or one of its files leads elsewhere, or it names a model elsewhere.
     """
-    allowed = [root.resolve() for root in roots]
+    try:
+        return _below(location, [root.resolve() for root in roots])
+    except (OSError, ValueError, RuntimeError) as error:  # too long, not readable, a link to itself
+        if isinstance(error, PackError):
+            raise
+        raise PackError(f"{location[:200]!r} can't be read: {error}") from error
+
+
+def _below(location: str, allowed: Sequence[Path]) -> Path:
     directory = Path(location).resolve()
     if not any(directory.is_relative_to(root) for root in allowed):
         raise PackError(

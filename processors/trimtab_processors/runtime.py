@@ -147,6 +147,7 @@ class Runtime:
     def unload(self, name: str) -> None:
         """Let no further request name a control, between two steps; it goes with the last that has it."""
         self._controls.pop(name, None)
+        self._shifts = []  # the last step's, which would keep it
 
     def open(self, parameters: Parameters, prompt: Sequence[int], output: list[int]) -> Request | None:
         """Take a request up, anew or resumed with the `output` that it has already.

@@ -67,7 +67,7 @@ class ControlProcessor(LogitsProcessor):
         self._requests: dict[int, tuple[Request, ...]] = {}
         """By row; several of one row are summed."""
         self._worker = Worker(settings.control_cpus)
-        attach(self._runtime, self._worker.wait)
+        attach(self._runtime, self._worker.wait, device)
         logger.info(
             "trimtab: V1 model runner on %s, alignment `retokenize`, control's forward %s, controls: %s",
             device,

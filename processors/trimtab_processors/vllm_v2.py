@@ -63,7 +63,7 @@ class ControlProcessor(LogitsProcessor):
             neutral=settings.neutral,
             most_drafts=speculation.num_speculative_tokens if speculation else 0,
         )
-        attach(self._runtime, lambda: None)
+        attach(self._runtime, lambda: None, req_states.device)
         logger.info(
             "trimtab: V2 model runner on %s, alignment `segments`, controls: %s",
             req_states.device,

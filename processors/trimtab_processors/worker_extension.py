@@ -37,9 +37,10 @@ class Runtime(Protocol):
 class _Desk:
     """The runtime of this process, and what is being loaded for it."""
 
-    def __init__(self, runtime: Runtime, settle: Callable[[], None]) -> None:
+    def __init__(self, runtime: Runtime, settle: Callable[[], None], device: torch.device) -> None:
         self.runtime = runtime
         self.settle = settle
+        self._device = device
         self.loading: dict[str, Future[Any]] = {}
         self._loader = ThreadPoolExecutor(1, "trimtab-loader")
 
@@ -48,21 +49,29 @@ class _Desk:
 
     def _load(self, name: str, location: str) -> Any:
         torch.set_num_threads(1)  # of this thread: the engine's cores are the engine's
-        return self.runtime.load(name, location)
+        loaded = self.runtime.load(name, location)
+        self.synchronize()
+        return loaded
+
+    def synchronize(self) -> None:
+        """Wait for the device: this thread's work is on another stream than the engine's."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 _desk: _Desk | None = None
 
 
-def attach(runtime: Runtime, settle: Callable[[], None]) -> None:
+def attach(runtime: Runtime, settle: Callable[[], None], device: torch.device) -> None:
     """Let this process's worker load controls into `runtime`.
 
     Args:
         runtime: that of the engine's control processor.
         settle: waits until nothing of a step runs beside the engine's own thread.
+        device: where it computes.
     """
     global _desk  # noqa: PLW0603 - vLLM makes both, and gives neither to the other
-    _desk = _Desk(runtime, settle)
+    _desk = _Desk(runtime, settle, device)
 
 
 class ControlWorker:
@@ -88,13 +97,14 @@ class ControlWorker:
         loading = desk.loading.pop(name)
         if install:
             desk.settle()
-            desk.runtime.install(loading.result())
+            desk.runtime.install(loading.result(timeout=0))
             logger.info("trimtab: the control %r is loaded", name)
 
     def trimtab_unload(self, name: str) -> None:
         """Let no further request name a control."""
         desk = _here()
         desk.settle()
+        desk.synchronize()
         desk.runtime.unload(name)
         logger.info("trimtab: the control %r is unloaded", name)
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -19,6 +19,7 @@ from trimtab_server.errors import (
     ControlNotFoundError,
     ForbiddenError,
     WorkerFailedError,
+    WorkerUnavailableError,
 )
 from trimtab_server.replicas import CONTROLS, State, Worker
 from trimtab_server.settings import Settings
@@ -57,6 +58,7 @@ class Loader:
             ForbiddenError: the configuration has no `control_roots`.
             ConflictError: there is a control of this name, or there are as many as may be.
             BadRequestError: the pack or the models can't be used; no worker has the control.
+            WorkerUnavailableError: no worker is ready, so that nobody would have tried it.
         """
         if not self._settings.control_roots:
             raise ForbiddenError("Controls can't be loaded: the configuration has no control_roots")
@@ -64,13 +66,15 @@ class Loader:
             self._require_room(name)
             offering = self._offering(models)
             control = await asyncio.to_thread(self._read, name, path, offering)
+            if not self._ready(control):
+                raise WorkerUnavailableError("No worker is ready to try the control now", param="models")
             self._arriving = control
             try:
                 await self._load_everywhere(control)
                 self._catalogue.add(control)
             finally:
                 self._arriving = None
-        logger.info("control %s: loaded from %s for %s", name, path, ", ".join(offering))
+        logger.info("control %s: loaded from %r for %s", name, control.loaded_from, ", ".join(offering))
         return control
 
     async def unload(self, name: str) -> None:
@@ -91,7 +95,7 @@ class Loader:
         try:
             await control.wait_until_unused()
             async with self._changing:
-                await self._unload_everywhere(control)
+                await self._take_from(self._workers_of(control), control.name)
         finally:
             self._leaving.discard(name)
         logger.info("control %s: unloaded", name)
@@ -99,21 +103,38 @@ class Loader:
     async def prepare(self, upstream: Upstream) -> None:
         """Give a server that is about to be sent requests what was loaded before it began.
 
-        Raises:
-            ApiError: it can't have it.
-        """
-        wanted = self._catalogue.loaded(upstream.model)
-        if self._arriving and upstream.model in self._arriving.models:
-            wanted.append(self._arriving)
-        await self._bring(upstream, *wanted)
+        A control that it can't have costs it nothing else: requests for that are refused there.
 
-    async def _bring(self, upstream: Upstream, *controls: Control) -> None:
-        """Load `controls` into a worker that first lets go of what it should not have any more."""
+        Raises:
+            ApiError: it does not answer.
+        """
+        brought: set[Control] = set()
+        # Anew each time: another may have been loaded, or unloaded, meanwhile.
+        while missing := await self._missing(upstream, brought):
+            for control in missing:
+                brought.add(control)
+                try:
+                    await self._bring(upstream, control, fresh=False)
+                except (BadRequestError, WorkerFailedError) as error:
+                    logger.warning("control %s: a worker goes on without it: %s", control.name, error)
+
+    async def _missing(self, upstream: Upstream, brought: Container[Control]) -> list[Control]:
+        """What a clean worker lacks; nothing happens between the last look and its answer."""
+        await self._clean(upstream)
+        arriving = self._arriving
+        here = [arriving] if arriving and upstream.model in arriving.models else []
+        return [each for each in (*self._catalogue.loaded(upstream.model), *here) if each not in brought]
+
+    async def _bring(self, upstream: Upstream, control: Control, *, fresh: bool) -> None:
+        """Load a control into a worker that first lets go of what it should not have any more."""
+        await self._clean(upstream)
+        await _load_into(upstream, control, fresh=fresh)
+        self._left_behind[upstream].discard(control.name)
+
+    async def _clean(self, upstream: Upstream) -> None:
         for name in [*self._left_behind[upstream]]:
             await _unload_from(upstream, name)
             self._left_behind[upstream].discard(name)
-        for control in controls:
-            await _load_into(upstream, control)
 
     def _require_room(self, name: str) -> None:
         if name in self._catalogue or name in self._leaving:
@@ -143,19 +164,26 @@ class Loader:
             raise BadRequestError(f"control_path: {error}", param="control_path") from error
 
     async def _load_everywhere(self, control: Control) -> None:
-        loading = (self._bring(worker.upstream, control) for worker in self._ready(control))
-        faults = await asyncio.gather(*loading, return_exceptions=True)
-        if fault := next((fault for fault in faults if fault is not None), None):
-            await self._unload_everywhere(control)
+        ready = self._ready(control)
+        loading = (self._bring(worker.upstream, control, fresh=True) for worker in ready)
+        faults = dict(zip(ready, await asyncio.gather(*loading, return_exceptions=True), strict=True))
+        if fault := next((fault for fault in faults.values() if fault is not None), None):
+            may_have_it = [
+                worker
+                for worker in self._workers_of(control)
+                if not isinstance(faults.get(worker), ConflictError)  # that one has somebody else's
+            ]
+            await self._take_from(may_have_it, control.name)
             raise fault
 
-    async def _unload_everywhere(self, control: Control) -> None:
-        for worker in self._workers_of(control):
-            self._left_behind[worker.upstream].add(control.name)
-        unloading = (self._bring(worker.upstream) for worker in self._ready(control))
+    async def _take_from(self, workers: Sequence[Worker], name: str) -> None:
+        """Unload a control from the workers that are ready; from the others when they come back."""
+        for worker in workers:
+            self._left_behind[worker.upstream].add(name)
+        unloading = (self._clean(worker.upstream) for worker in workers if worker.state is State.READY)
         for fault in await asyncio.gather(*unloading, return_exceptions=True):
             if fault is not None:
-                logger.warning("control %s: a worker may still have it: %s", control.name, fault)
+                logger.warning("control %s: a worker may still have it: %s", name, fault)
 
     def _workers_of(self, control: Control) -> list[Worker]:
         models = [self._workers[name] for name in control.models]
@@ -166,12 +194,20 @@ class Loader:
         return [worker for worker in self._workers_of(control) if worker.state is State.READY]
 
 
-async def _load_into(upstream: Upstream, control: Control) -> None:
-    """Load `control`, unless it is there already."""
+async def _load_into(upstream: Upstream, control: Control, *, fresh: bool) -> None:
+    """Load `control`; one of the same place that is there already does, unless it is to be `fresh`.
+
+    Raises:
+        ConflictError: the worker has another of this name, which is not ours to unload.
+    """
     there = await _controls_of(upstream)
-    if there.get(control.name) == control.loaded_from:
-        return
     if control.name in there:
+        if there[control.name] != control.loaded_from:
+            raise ConflictError(
+                f"{upstream.model}: a worker has another control {control.name!r}", param="control_name"
+            )
+        if not fresh:
+            return
         await _unload_from(upstream, control.name)
     body = {"control_name": control.name, "control_path": control.loaded_from}
     status, answer = await upstream.post_json(LOAD, body, upstream.admin_headers)

@@ -36,6 +36,8 @@ from trimtab_server.settings import Settings
 from trimtab_server.workers import Model, Workers
 
 CHAT = "/v1/chat/completions"
+_UNGUARDED = ("/invocations", "/inference/", "/v1/chat/completions/batch", "/generative_scoring")
+"""Endpoints of vLLM's that generate too, past controls and limits."""
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 
 
@@ -195,6 +197,7 @@ async def generate(request: Request, here: Here) -> Response:
     if choices:
         refuse_beam_search(payload)
     model.require_ready()
+    model.require_place()
     for choice in choices:
         exchange.held.enter_context(choice.control.in_use())
     if choices:
@@ -211,7 +214,9 @@ async def generate(request: Request, here: Here) -> Response:
 
 @routes.api_route("/{path:path}", methods=_METHODS, include_in_schema=False)
 async def forward(request: Request, here: Here) -> Response:
-    """Any other endpoint of a worker."""
+    """Any other endpoint of a worker, but for those that would generate unguarded."""
+    if request.scope["path"].startswith(_UNGUARDED):
+        raise NotFoundError("This endpoint of vLLM's is not offered: it passes by controls and limits")
     body = await _read(request, here)
     name, said = split_alias(request.query_params.get("model"))
     if body and is_json(request):

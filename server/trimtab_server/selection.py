@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trimtab_processors.pack import Strength
-from trimtab_processors.parameters import TopK
+from trimtab_processors.parameters import MAX_CONTROLS, TopK
 from trimtab_server.errors import BadRequestError
 
 FIELD = "control"
@@ -51,6 +51,7 @@ def from_body(value: Any) -> Wanted:
         case bool():
             return value
         case list():
+            _require_few(len(value), FIELD)
             return [_selection(item, f"{FIELD}.{place}") for place, item in enumerate(value)]
     return [_selection(value, FIELD)]
 
@@ -64,6 +65,7 @@ def from_text(text: str, param: str) -> Wanted:
     stripped = text.strip()
     if stripped in (OFF, ON):
         return stripped == ON
+    _require_few(stripped.count(",") + 1, param)
     return [_term(term.strip(), param) for term in stripped.split(",")]
 
 
@@ -73,6 +75,11 @@ def split_alias(model: Any) -> tuple[Any, str | None]:
         return model, None
     name, _, said = model.partition(ALIAS)
     return name, said
+
+
+def _require_few(count: int, param: str) -> None:
+    if count > MAX_CONTROLS:
+        raise BadRequestError(f"{param}: {count} controls, more than {MAX_CONTROLS}", param=param)
 
 
 def _term(term: str, param: str) -> Selection:

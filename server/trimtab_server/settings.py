@@ -467,8 +467,12 @@ def _require_known(place: str, names: tuple[str, ...], known: Mapping[str, str])
 
 def _require_generation(name: str, model: ModelSettings) -> None:
     """Refuse what vLLM can't do beside custom logits processors, before it says so in its own words."""
-    for flag, value in model.args.items():
-        place = f"models.{name}.args.{flag}"
+    flags = [
+        ("args", model.args),
+        *((f"replicas.{i}.args", each.args) for i, each in enumerate(model.replicas)),
+    ]
+    for where, flag, value in ((where, *pair) for where, args in flags for pair in args.items()):
+        place = f"models.{name}.{where}.{flag}"
         if flag.startswith("spec") and model.runner == "v1":
             raise ValueError(
                 f"{place}: vLLM's V1 model runner has no speculative decoding beside a control; leave the"

@@ -22,6 +22,18 @@ class Turnstile:
     def waiting(self) -> int:
         return len(self._line)
 
+    def require_place(self) -> None:
+        """Make sure that there is a turn or a place in the line, before work is done for who may not enter.
+
+        Raises:
+            RateLimitError: the line is full.
+        """
+        if not self._room and len(self._line) >= self._places:
+            raise RateLimitError(
+                f"The model {self._name!r} has all the requests that it takes, and {self._places} that wait.",
+                param="model",
+            )
+
     async def enter(self) -> None:
         """Wait for a turn, which `leave` gives back. Whoever is cancelled here leaves the line.
 
@@ -31,11 +43,7 @@ class Turnstile:
         if self._room:
             self._room -= 1
             return
-        if len(self._line) >= self._places:
-            raise RateLimitError(
-                f"The model {self._name!r} has all the requests that it takes, and {self._places} that wait.",
-                param="model",
-            )
+        self.require_place()
         turn = asyncio.get_running_loop().create_future()
         self._line.append(turn)
         try:

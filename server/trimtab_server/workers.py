@@ -51,6 +51,14 @@ class Model:
         """
         self._ready(())
 
+    def require_place(self) -> None:
+        """Make sure that a limited request may at least wait.
+
+        Raises:
+            RateLimitError: as many as may wait do.
+        """
+        self._turnstile.require_place()
+
     async def send(self, call: Call, request_id: str, *, limited: bool) -> Answer:
         """Send a request to the worker with the fewest; one that could not be connected goes to the next.
 
@@ -156,13 +164,6 @@ class Workers(Mapping[str, Model]):
     def all(self) -> Iterator[Worker]:
         """Every worker of every model."""
         return (worker for model in self._models.values() for worker in model.workers)
-
-    def offering(self, control: str) -> Iterator[Worker]:
-        """Every worker of the models that offer `control`: those that name it, and those that offer all."""
-        for name, model in self._models.items():
-            named = self._settings.models[name].controls
-            if named is None or control in named:
-                yield from model.workers
 
     async def __aenter__(self) -> Self:
         self._directory = _private_directory()

@@ -70,6 +70,7 @@ class FakeWorkers(Workers):
     def __init__(self, settings, metrics):
         super().__init__(settings, metrics)
         self.seen: dict[tuple[str, int], dict] = {}
+        self.apps: dict[tuple[str, int], web.Application] = {}
         self._all_ready = asyncio.Event()
 
     async def __aenter__(self):
@@ -85,6 +86,7 @@ class FakeWorkers(Workers):
         controls = self._settings.controls_of(worker.id.model)
         app = make_app(worker.id.model, controls, admin_key=worker._admin_key)
         self.seen[worker.id.model, worker.id.index] = app[SEEN]
+        self.apps[worker.id.model, worker.id.index] = app
         runner = web.AppRunner(app, handler_cancellation=True)
         await runner.setup()
         await web.UnixSite(runner, str(worker._socket)).start()

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from fake_vllm import CONTROLS
 from trimtab_processors.parameters import parse_xargs
 from trimtab_server.replicas import State
 
@@ -239,6 +240,62 @@ def test_a_worker_that_comes_back_lets_go_of_what_was_unloaded_without_it(gatewa
     assert changes(gateway, "twin", 1) == [["load", "late"], ["unload", "late"], ["load", "late"]]
 
 
+def test_a_worker_that_can_not_have_a_control_any_more_goes_on_without_it(gateway, root):
+    """Its other requests are nobody's to lose."""
+    load(gateway)
+    load(gateway, "other")
+    worker = gateway.worker("twin", 1)
+    worker.state = State.UNRESPONSIVE
+    app = gateway.workers.apps["twin", 1]
+    app[CONTROLS].clear()
+    (root / "pack" / "unusable").touch()
+    gateway.client.portal.call(worker._become_ready)
+    assert worker.state is State.READY
+    assert gateway.chat(model="twin").status_code == 200
+
+
+def test_what_is_loaded_while_a_worker_is_being_prepared_is_not_missed(gateway, root):
+    load(gateway)
+    worker = gateway.worker("twin", 1)
+    worker.state = State.UNRESPONSIVE
+    gateway.workers.apps["twin", 1][CONTROLS].clear()
+    (root / "pack" / "slow").touch()
+    shutil.copytree(root / "pack", root / "other", ignore=shutil.ignore_patterns("slow"))
+    with ThreadPoolExecutor() as pool:
+        preparing = pool.submit(gateway.client.portal.call, worker._become_ready)
+        while changes(gateway, "twin", 1)[-1] != ["load", "late"] or len(changes(gateway, "twin", 1)) < 2:
+            threading.Event().wait(0.01)
+        assert load(gateway, "other", "other").status_code == 200
+        preparing.result(10)
+    assert set(gateway.workers.apps["twin", 1][CONTROLS]) == {"late", "other"}
+
+
+def test_a_control_is_not_loaded_while_nobody_could_say_what_becomes_of_it(gateway):
+    for worker in (gateway.worker("all"), gateway.worker("twin"), gateway.worker("twin", 1)):
+        worker.state = State.STARTING
+    response = load(gateway)
+    assert (response.status_code, gateway.error(response)["code"]) == (503, "model_not_ready")
+    assert "late" not in listed(gateway)
+
+
+def test_another_workers_control_of_the_same_name_is_not_touched(gateway):
+    gateway.workers.apps["all", 0][CONTROLS]["late"] = "/somebody/elses"
+    response = load(gateway)
+    assert (response.status_code, gateway.error(response)["code"]) == (409, "conflict")
+    assert gateway.workers.apps["all", 0][CONTROLS]["late"] == "/somebody/elses"
+
+
+@pytest.mark.parametrize("name", ["on", "off"])
+def test_a_control_is_not_called_what_has_a_meaning_of_its_own(gateway, name):
+    assert load(gateway, name).status_code == 400
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 300, "x/" * 1500])
+def test_a_path_that_no_file_can_have_is_refused(gateway, path):
+    response = load(gateway, path=path)
+    assert (response.status_code, gateway.error(response)["param"]) == (400, "control_path")
+
+
 def test_a_model_that_takes_no_control_is_given_none(start, root):
     gateway = start(control_roots=["root"], models={"m": {"model": ".", "controls": []}, "n": {"model": "."}})
     assert load(gateway).status_code == 200
@@ -262,7 +319,7 @@ def test_clients_have_no_other_way_to_a_workers_own_endpoints(gateway, root):
     """Whatever they write as the path."""
     body = {"model": "all", "control_name": "late", "control_path": str(root / "pack")}
     for path in ("/v1/load_control/", "//v1/load_control", "/v1//load_control", "/v1/x/../load_control"):
-        gateway.client.post(path, json=body, headers={"x-trimtab-admin-key": "chief"})
+        gateway.client.post(path, json=body, headers=gateway.worker("all").upstream.admin_headers)
     assert changes(gateway, "all") == []
 
 

@@ -85,6 +85,7 @@ def test_the_body_goes_before_the_header_that_before_the_alias_and_that_before_t
         ("one;top_k=x", "invalid literal"),
         ("one,,two", "'' is not a name"),
         ("one,one", "stands twice"),
+        ("one," * 50, "51 controls, more than 8"),
         ("one=1=2", "'one=1=2' is not a name"),
         ("off,one", "no control 'off'"),
         ("\xf8", "no control '\xc3\xb8'"),

@@ -114,16 +114,6 @@ def test_when_no_worker_takes_a_connection_it_is_503(start):
     assert gateway.chat().status_code == 503
 
 
-def test_the_workers_that_offer_a_control_are_at_hand(start, pack):
-    two = {"model": ".", "replicas": [{}, {}]}
-    models = {"all": two, "one": {**two, "controls": ["one"]}, "none": {**two, "controls": []}}
-    workers = start(controls={"one": str(pack), "two": str(pack)}, models=models).workers
-    assert [(w.id.model, w.id.index) for w in workers.offering("one")] == [
-        *(("all", 0), ("all", 1), ("one", 0), ("one", 1))
-    ]
-    assert {w.id.model for w in workers.offering("two")} == {"all"}
-
-
 # Before one is ready; these start processes
 
 
