@@ -1,7 +1,8 @@
 """Can a client break anything? Thousands of requests, most of them wrong in what they say of control.
 
 Nothing may answer with a 5xx; every error is an error object with its four fields; no worker ends; and the
-memory of the gateway and of its workers does not grow after the first fifth of the requests.
+memory of the gateway and of its workers does not grow after the first fifth of the requests. Then
+Schemathesis asks what the OpenAPI document allows and forbids.
 """
 
 from __future__ import annotations
@@ -9,24 +10,33 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
+import subprocess
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 import typer
 from rich.console import Console
 from rich.table import Table
+from yarl import URL
 
-from gateways import CONTROL, WORLD, Gateway, gateway, the_world
+from gateways import ADMIN_KEY, CONTROL, WORLD, Gateway, gateway, the_world
 
 AT_ONCE = 8
 MODEL = "a"
 GROWTH_GOAL = 0.02
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+MESSAGES = "/v1/messages"
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", MESSAGES)
+ERROR_FIELDS = {"message", "type", "param", "code"}
+SCHEMATHESIS = Path(".venv-clients/bin/schemathesis").absolute()
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 TEXTS = (
     *("", " ", "off", "on", "true", "null", CONTROL, CONTROL.upper(), f"{CONTROL}=1", f"{CONTROL}=", "=1"),
     *(f"{CONTROL}=nan", f"{CONTROL}=1e999", f"{CONTROL}=-11", f"{CONTROL};top_k=0", f"{CONTROL};top_k=9" * 2),
@@ -43,7 +53,11 @@ TEXTS = (
     *("trimtab_control", "$(id)", "{{7*7}}", "'; --", "\\u0000", "a\tb", "0" * 400),
 )
 NUMBERS = (0, 1, -1, 0.5, -10, 10, 10.5, 1e300, -1e-300, 2**63, 10**40, True, False)
-RAW = ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", '"\\ud800"', '"a\\udfffb"', "[" * 600 + "]" * 600)
+RAW = (
+    *("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000, '"\\ud800"', '"a\\udfffb"'),
+    *("[" * 600 + "]" * 600, "[" * 50_000 + "]" * 50_000, '{"name":' * 3000 + "1" + "}" * 3000),
+    *('{"\\ud800": 1}', '{"name": "a", "\\udc00": {"\\ud800": []}}', '{"name": "a", "name": "b"}'),
+)
 """JSON that Python would not write."""
 
 
@@ -53,7 +67,11 @@ class Shot:
 
     path: str
     body: bytes
-    headers: dict[str, str]
+    header: bytes | None = None
+    """What it says in `X-Trimtab-Control`."""
+
+    def __str__(self) -> str:
+        return f"{self.path[:200]} {self.body[:400]!r} {(self.header or b'-')[:200]!r}"
 
 
 @dataclass
@@ -71,11 +89,15 @@ def main(
     stand_in: Annotated[
         Path | None, typer.Option(help="A program with vLLM's interface in its place.")
     ] = None,
+    examples: Annotated[
+        int, typer.Option(min=0, help="Of Schemathesis, for each endpoint; 0: without.")
+    ] = 30,
 ) -> None:
     """Fire, and look at what is left."""
     started = time.monotonic()
     with gateway(the_world(world), [MODEL], stand_in, {"log_level": "warning"}) as running:
         seen = asyncio.run(fire(running, requests, random.Random(seed)))
+        documented = schemathesis(running, examples, seed, seen) if examples else None
         restarts = asyncio.run(running.ready())[MODEL]["restarts"]
         log = running.log.read_text(errors="replace")
     growth = seen.memory[-1] / seen.memory[0] - 1
@@ -96,6 +118,7 @@ def main(
         "memory_growth": growth,
         "memory": seen.memory,
         "restarts": restarts,
+        "schemathesis": documented,
         "faults": len(seen.faults),
         "seconds": time.monotonic() - started,
     }
@@ -106,6 +129,8 @@ def main(
 
 async def fire(running: Gateway, count: int, rng: random.Random) -> Seen:
     seen = Seen()
+    parts = urlsplit(running.url)
+    address = (parts.hostname or "", parts.port or 0)
     async with running.session(timeout=aiohttp.ClientTimeout(total=60)) as session:
         for fifth in range(5):
             shots = [draw(rng) for _ in range(count // 5)]
@@ -113,7 +138,7 @@ async def fire(running: Gateway, count: int, rng: random.Random) -> Seen:
 
             async def worker(queue: Any = queue) -> None:
                 for shot in queue:
-                    await fire_one(session, shot, seen)
+                    await fire_one(session, address, shot, seen)
 
             await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
             seen.memory.append(running.resident_bytes())
@@ -121,32 +146,80 @@ async def fire(running: Gateway, count: int, rng: random.Random) -> Seen:
     return seen
 
 
-async def fire_one(session: aiohttp.ClientSession, shot: Shot, seen: Seen) -> None:
-    told = f"{shot.path} {shot.body[:400]!r} {str(shot.headers)[:200]}"
+async def fire_one(session: aiohttp.ClientSession, address: tuple[str, int], shot: Shot, seen: Seen) -> None:
     try:
-        async with session.post(shot.path, data=shot.body, headers=shot.headers) as response:
-            body = await response.read()
-    except (aiohttp.ClientError, TimeoutError) as error:
-        seen.faults.append(f"{error!r} after {told}")
+        status, body = await (sent(session, shot) if shot.header is None else sent_by_hand(address, shot))
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        seen.faults.append(f"{error!r} after {shot}")
         return
-    seen.statuses[response.status] += 1
-    if response.status >= 500:
-        seen.faults.append(f"{response.status} {body[:300]!r} after {told}")
-    elif response.status >= 400 and not is_error_object(body):
-        seen.faults.append(f"{response.status} without an error object: {body[:300]!r} after {told}")
+    seen.statuses[status] += 1
+    if status >= 500:
+        seen.faults.append(f"{status} {body[:300]!r} after {shot}")
+    elif status >= 400 and not is_error_object(shot.path, body):
+        seen.faults.append(f"{status} without an error object: {body[:300]!r} after {shot}")
 
 
-def is_error_object(body: bytes) -> bool:
-    """As OpenAI's, or for `/v1/messages` as Anthropic's."""
+async def sent(session: aiohttp.ClientSession, shot: Shot) -> tuple[int, bytes]:
+    """Status and body of the answer."""
+    options: dict[str, Any] = {"data": shot.body, "headers": {"content-type": "application/json"}}
+    if not shot.body:
+        options = {}
+    method = session.post if shot.body else session.get
+    async with method(URL(shot.path, encoded=True), **options) as response:
+        return response.status, await response.read()
+
+
+async def sent_by_hand(address: tuple[str, int], shot: Shot) -> tuple[int, bytes]:
+    """The same for a request whose header has bytes that no client library would send."""
+    head = f"POST {shot.path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    length = f"\r\nContent-Length: {len(shot.body)}\r\n\r\n"
+    async with asyncio.timeout(60):
+        reader, writer = await asyncio.open_connection(*address)
+        control = b"X-Trimtab-Control: " + (shot.header or b"")
+        writer.write(head.encode() + control + length.encode() + shot.body)
+        answer = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+    start, _, body = answer.partition(b"\r\n\r\n")
+    return int(start.split(b" ", 2)[1]), body
+
+
+def is_error_object(path: str, body: bytes) -> bool:
+    """As OpenAI's; what vLLM itself refuses at `/v1/messages` is as Anthropic's."""
     try:
         error = json.loads(body)["error"]
-        return {"message", "type"} <= set(error) and bool(error["message"])
+        fields = set(error)
+        return bool(error["message"]) and (
+            fields == ERROR_FIELDS or (path == MESSAGES and fields == {"message", "type"})
+        )
     except (ValueError, KeyError, TypeError):
         return False
 
 
+def schemathesis(running: Gateway, examples: int, seed: int, seen: Seen) -> dict[str, int] | None:
+    """Hold the gateway to its document; how many requests were generated, and how many were found faulty."""
+    if not SCHEMATHESIS.exists():
+        typer.echo(f"{SCHEMATHESIS} is not there: without Schemathesis", err=True)
+        return None
+    command = [
+        *(str(SCHEMATHESIS), "run", f"{running.url}/openapi.json", "--checks", CHECKS, "--workers", "1"),
+        *("--max-examples", str(examples), "--seed", str(seed), "--phases", "examples,fuzzing"),
+        *("-H", f"Authorization: Bearer {ADMIN_KEY}", "--suppress-health-check", "all"),
+        *("--exclude-path", "/metrics", "--no-color"),
+    ]
+    with tempfile.TemporaryDirectory() as directory:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=directory)
+    counts = re.search(r"(\d[\d,]*) generated(?:, (\d+) found (\d+) unique failures?)?", done.stdout)
+    if done.returncode:
+        seen.faults.append(f"Schemathesis:\n{done.stdout[-3000:]}{done.stderr[-500:]}")
+    generated = int(counts[1].replace(",", "")) if counts else 0
+    return {"requests": generated, "failures": int(counts[2] or 0) if counts else 0}
+
+
 def draw(rng: random.Random) -> Shot:
     """A request that may say anything of control, in one or several ways."""
+    if rng.random() < 0.03:
+        return Shot(f"/v1/models/{quote(str(alias(rng)), safe='')[:4000]}", b"")
     path = rng.choice(PATHS)
     fields: dict[str, str] = {"model": json.dumps(alias(rng)), "max_tokens": "1", "max_output_tokens": "1"}
     fields |= {"messages": said(rng), "prompt": '"hi"', "input": '"hi"'}
@@ -157,11 +230,16 @@ def draw(rng: random.Random) -> Shot:
     if rng.random() < 0.1:
         fields[rng.choice(("temperature", "n", "stream", "logprobs", "stop"))] = written(value(rng, 1), rng)
     text = "{" + ", ".join(f'"{key}": {given}' for key, given in fields.items()) + "}"
-    headers = {"content-type": "application/json"}
-    if rng.random() < 0.3:
-        words = rng.choice(TEXTS).replace("\t", " ")
-        headers["x-trimtab-control"] = "".join(c for c in words if c.isprintable())[:4000]
-    return Shot(path, text.encode(errors="surrogatepass"), headers)
+    return Shot(path, text.encode(errors="surrogatepass"), header(rng) if rng.random() < 0.3 else None)
+
+
+def header(rng: random.Random) -> bytes:
+    """Something like a control, with or without bytes that are neither ASCII nor UTF-8."""
+    words = rng.choice(TEXTS).encode()[:4000]
+    strange = bytes(rng.randrange(0x80, 0x100) for _ in range(rng.randrange(8)))
+    where = rng.randrange(len(words) + 1)
+    written = words[:where] + strange + words[where:] if rng.random() < 0.5 else words
+    return bytes(byte for byte in written if byte >= 0x20 and byte != 0x7F)  # what HTTP allows
 
 
 def alias(rng: random.Random) -> Any:

@@ -3,6 +3,8 @@
 A real engine with a model of the small world, which is so fast that the servers around it are all that is
 measured, or with one of 322 M parameters. Short requests one after the other, in turn by each way; then
 many streams at once, in turn by each way. Only what was measured within seconds of each other is compared.
+The worker is one elsewhere, on a port, which LiteLLM's proxy can reach too; or, without LiteLLM, one that
+the gateway has started, on its unix socket.
 The client, all servers and the engine share the machine's cores.
 """
 
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +34,7 @@ from rich.table import Table
 from gateways import WORLD, free_port, gateway, the_world
 from models import make_model
 from serving import START_SECONDS, STOP_SECONDS
+from trimtab_training.world import World
 from vocabularies import real
 
 MODEL = "a"
@@ -42,6 +46,17 @@ PROXY = Path(".venv-clients/bin/litellm")
 KEY = f"sk-{secrets.token_urlsafe(24)}"
 """Of LiteLLM's proxy, which does not start without one."""
 
+SOCKET = "unix:"
+"""Stands before an address that is a socket's path."""
+
+
+class Way(StrEnum):
+    """How the worker is reached."""
+
+    PORT = "port"
+    SOCKET = "socket"
+
+
 Series = dict[str, list[float]]
 """A figure of each round, by way."""
 
@@ -52,6 +67,7 @@ def main(
     streams: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 32,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each stream.")] = 128,
     *,
+    way: Annotated[Way, typer.Option(help="To the worker; LiteLLM's proxy knows no sockets.")] = Way.PORT,
     large: Annotated[bool, typer.Option(help="The model of 322 M parameters.")] = False,
     world: Annotated[Path, typer.Option(help="The small world; made where it is not there.")] = WORLD,
     stand_in: Annotated[Path | None, typer.Option(help="A program in the place of vLLM.")] = None,
@@ -63,10 +79,8 @@ def main(
         if large:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             make_model(place, "target", real("mistral-v1", place))
-        behind = stack.enter_context(worker(place, stand_in))
-        there = {"models": {MODEL: {"replicas": [{"url": behind}], "controls": []}}, "log_level": "warning"}
-        running = stack.enter_context(gateway(made, [], None, there))
-        addresses = {DIRECT: behind, OURS: running.url, LITELLM: stack.enter_context(proxy(behind))}
+        reach = on_its_socket if way is Way.SOCKET else on_a_port
+        addresses = stack.enter_context(reach(made, place, stand_in))
         latencies, throughputs = asyncio.run(measure(addresses, rounds, requests, (streams, tokens)))
     results: dict[str, dict[str, Any]] = {
         name: {
@@ -82,7 +96,14 @@ def main(
         "added": results[OURS]["added_ms"]["median"] <= ADDED_GOAL,
         "throughput": results[OURS]["throughput_ratio"]["median"] >= THROUGHPUT_GOAL,
     }
-    sizes = {"large": large, "rounds": rounds, "requests": requests, "streams": streams, "tokens": tokens}
+    sizes = {
+        "way": way,
+        "large": large,
+        "rounds": rounds,
+        "requests": requests,
+        "streams": streams,
+        "tokens": tokens,
+    }
     print(json.dumps({"benchmark": "gateway_overhead", **sizes, "goals_met": goals, "results": results}))
 
 
@@ -93,11 +114,7 @@ async def measure(
     async with contextlib.AsyncExitStack() as stack:
         ways = {
             name: await stack.enter_async_context(
-                aiohttp.ClientSession(
-                    address,
-                    connector=aiohttp.TCPConnector(limit=0),
-                    headers={"authorization": f"Bearer {KEY}"},
-                )
+                session_of(address, headers={"authorization": f"Bearer {KEY}"})
             )
             for name, address in addresses.items()
             if address
@@ -115,6 +132,14 @@ async def measure(
                     latencies[name].append(statistics.median(short[name]))
                     throughputs[name].append(streamed[name])
     return latencies, throughputs
+
+
+def session_of(address: str, **options: Any) -> aiohttp.ClientSession:
+    """A client of a URL, or of a socket."""
+    if address.startswith(SOCKET):
+        connector = aiohttp.UnixConnector(address.removeprefix(SOCKET), limit=0)
+        return aiohttp.ClientSession("http://worker", connector=connector, **options)
+    return aiohttp.ClientSession(address, connector=aiohttp.TCPConnector(limit=0), **options)
 
 
 def body(tokens: int, *, stream: bool) -> dict[str, Any]:
@@ -150,6 +175,23 @@ async def read_stream(session: aiohttp.ClientSession, tokens: int) -> None:
         text = await response.text()
     if response.status != 200 or "data: [DONE]" not in text:
         raise RuntimeError(f"{response.status}: {text[-300:]}")
+
+
+@contextlib.contextmanager
+def on_a_port(made: World, model: Path, stand_in: Path | None) -> Iterator[dict[str, str | None]]:
+    """The addresses of a worker elsewhere, of a gateway and of LiteLLM's proxy in front of it."""
+    with worker(model, stand_in) as behind:
+        there = {"models": {MODEL: {"replicas": [{"url": behind}], "controls": []}}, "log_level": "warning"}
+        with gateway(made, [], None, there) as running, proxy(behind) as litellm:
+            yield {DIRECT: behind, OURS: running.url, LITELLM: litellm}
+
+
+@contextlib.contextmanager
+def on_its_socket(made: World, model: Path, stand_in: Path | None) -> Iterator[dict[str, str | None]]:
+    """The addresses of a worker that the gateway has started, and of the gateway."""
+    settings = {"controls": {}, "log_level": "warning"}
+    with gateway(made, [MODEL], stand_in, settings, {MODEL: model}) as running:
+        yield {DIRECT: f"{SOCKET}{running.socket(0)}", OURS: running.url}
 
 
 @contextlib.contextmanager

@@ -105,8 +105,12 @@ def gateway(
     models: Sequence[str],
     stand_in: Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    places: Mapping[str, Path] = {},
 ) -> Iterator[Gateway]:
-    """Serve some of the world's models until the block ends; with vLLM, or a program with its interface."""
+    """Serve some of the world's models until the block ends; with vLLM, or a program with its interface.
+
+    places: other directories for models than the world's.
+    """
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="tt-") as name:
         directory = Path(name)
@@ -124,7 +128,7 @@ def gateway(
             "logs": "logs",
             "models": {
                 model: {
-                    "model": str(world.models[model]),
+                    "model": str(places.get(model, world.models[model])),
                     "args": {"dtype": "float32", "enforce-eager": True},
                     "env": {"VLLM_CPU_KVCACHE_SPACE": 1},
                     "replicas": [{"cpus": str(cores[i % len(cores)])}],
