@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
+import shutil
 import subprocess
 import time
 import urllib.request
@@ -14,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from served import Served, served
-from serving import free_port
+from serving import ENGINE, engine_environment, free_port
+from serving import gateway as gateway_of_engines
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -100,12 +103,30 @@ def told(gateway):
     return told
 
 
+@pytest.fixture
+def answered(gateway):
+    """What the header `X-Trimtab-Control` of each answer in this test said: the log repeats it."""
+    before = len(gateway.log)
+
+    def answered(count: int) -> list[str]:
+        def found() -> list[str]:
+            return re.findall(r" model=a control=(\S+) status=200 ", gateway.log[before:])
+
+        gateway.wait_for(lambda: len(found()) >= count, seconds=5)
+        return found()[:count]
+
+    return answered
+
+
 @pytest.mark.parametrize("name", SDKS)
-def test_an_sdk_asks_without_control_and_with_it_in_the_body_a_header_and_an_alias(gateway, told, name):
+def test_an_sdk_asks_without_control_and_with_it_in_the_body_a_header_and_an_alias(
+    gateway, told, answered, name
+):
     printed = labelled(run(name, BASE_URL=gateway.url))
     answer = "t0 t1 t2" if name == "openai_stream.py" else "one two"
     assert {way: printed[way] for way in WAYS} == dict.fromkeys(WAYS, answer)
     assert told()[:4] == [OFF, ON, ON, ON]
+    assert answered(4) == ["off", *["manners=0.7"] * 3]
 
 
 def test_an_example_asks_for_the_model_and_the_control_that_the_environment_names(gateway):
@@ -136,6 +157,37 @@ def test_litellms_proxy_passes_every_way_on_and_has_a_controlled_model_of_its_ow
     printed = labelled(run("litellm_proxy.py", PROXY_URL=proxy, LITELLM_MASTER_KEY=KEY))
     assert printed == dict.fromkeys([*WAYS, "named"], "one two")
     assert told() == [OFF, ON, ON, ON, ON]
+
+
+def test_litellms_proxy_says_what_was_applied(gateway, proxy):
+    body = {"model": "a:manners=0.7", "messages": [{"role": "user", "content": "hi"}]}
+    headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
+    request = urllib.request.Request(f"{proxy}/v1/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=30) as response:
+        assert response.headers["llm_provider-x-trimtab-control"] == "manners=0.7"
+
+
+@pytest.fixture(scope="module")
+def greedy(tmp_path_factory, family) -> Path:
+    """A target whose own settings are greedy: the examples say nothing of temperature."""
+    place = tmp_path_factory.mktemp("greedy") / "a"
+    shutil.copytree(family.a, place)
+    settings = place / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"temperature": 0.0}))
+    return place
+
+
+@pytest.mark.engine
+def test_on_a_real_engine_every_way_of_asking_gives_the_same_other_answer(tmp_path, family, greedy):
+    engine = {"model": str(greedy), "args": ENGINE, "env": engine_environment(0)}
+    config = {"controls": {"manners": str(family.control)}, "models": {"a": engine}}
+    with gateway_of_engines(tmp_path, config) as url:
+        for name in ("openai_sync.py", "openai_stream.py", "anthropic_messages.py"):
+            printed = "\n".join(run(name, BASE_URL=url))
+            parts = re.split(r"^(off|body|header|alias|applied): *", printed, flags=re.MULTILINE)
+            said = dict(zip(parts[1::2], parts[2::2], strict=True))
+            assert said["off"].strip() != said["body"].strip() != ""
+            assert said["body"].strip() == said["header"].strip() == said["alias"].strip()
 
 
 def test_every_example_is_tried_and_documented():
