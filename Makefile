@@ -10,7 +10,7 @@ CLIENTS_READY := $(CLIENTS)/.ready
 # uv reads find-links from its own variable only.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: setup demo test bench check format lock clean
+.PHONY: setup demo test bench evidence check format lock clean
 
 setup: $(READY) $(CLIENTS_READY)
 
@@ -39,6 +39,13 @@ test: setup
 bench: setup
 	$(BIN)/python benchmarks/control.py --save .trimtab/control.json
 	$(BIN)/python benchmarks/growth.py --plot docs/growth.svg $(addprefix --text ,$(TEXT))
+
+# What is held of the gateway (docs/evidence.md): some 25 minutes. It ends with an error where something does not hold.
+evidence: setup
+	$(BIN)/python benchmarks/fuzz.py
+	$(BIN)/python benchmarks/gateway_overhead.py
+	$(BIN)/python benchmarks/gateway_overhead.py --way socket
+	$(BIN)/python benchmarks/soak.py
 
 check: setup
 	$(BIN)/ruff format --check .
