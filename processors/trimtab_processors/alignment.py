@@ -9,7 +9,7 @@ which waits.
 from __future__ import annotations
 
 import codecs
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from trimtab_mappings import GrowingEncoding
 
@@ -40,6 +40,17 @@ class Aligner:
         return text.removeprefix(" ") if self.target.dummy_prefix else text
 
 
+class AlignmentCounts(NamedTuple):
+    """What an alignment has done so far."""
+
+    tokens: int = 0
+    """Tokens of text that it took in."""
+    exact: int = 0
+    """Those of them that were appended as one token of the same bytes."""
+    realignments: int = 0
+    """How often the text was tokenized anew."""
+
+
 class Alignment:
     """The control's context of one request: its prompt, then what the target generated.
 
@@ -50,8 +61,7 @@ class Alignment:
         self._aligner = aligner
         self.tokens = list(prompt)
         """The context, in control tokens."""
-        self.realignments = 0
-        """How often the text was tokenized anew."""
+        self.counts = AlignmentCounts()
         self._run = bytearray()
         self._encoding = GrowingEncoding(aligner.encoder)
         self._run_start = len(self.tokens)
@@ -86,11 +96,17 @@ class Alignment:
     def _append(self, token: int) -> None:
         waiting = self.waiting
         self._run += self._aligner.target.tokens[token]
-        if self._aligner.exact[token] and not waiting:
+        exact = self._aligner.exact[token] and not waiting
+        self._add(tokens=1, exact=int(exact))
+        if exact:
             self._exact.append(self._aligner.mapping[token])
         else:
             self._settled, self._stale = len(self._run), True
             self._exact.clear()
+
+    def _add(self, *, tokens: int = 0, exact: int = 0, realignments: int = 0) -> None:
+        was = self.counts
+        self.counts = AlignmentCounts(was.tokens + tokens, was.exact + exact, was.realignments + realignments)
 
     def _end_run(self, special: int) -> int:
         """Close the run before a special token, whose counterpart (if it has one) is appended."""
@@ -116,7 +132,7 @@ class Alignment:
         start = self._run_start + settled
         kept = start + common_prefix(self.tokens[start:], fresh)
         self.tokens[kept:] = fresh[kept - start :]
-        self.realignments += 1
+        self._add(realignments=1)
         self._stale = False
         return kept
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +26,12 @@ from trimtab_processors import metrics
 from trimtab_processors.attention import Group, KeyValues, Step, slots_of
 from trimtab_processors.cache import BLOCK_SIZE, BlockPool, blocks_for
 from trimtab_processors.control import Control, Target
+from trimtab_processors.divergence import Sample, kl_divergence
 from trimtab_processors.model import ControlModel
 from trimtab_processors.pack import PackError
-from trimtab_processors.segments import Contexts, History, Join, Late, Segments, upload
-from trimtab_processors.settings import DEFAULT_CACHE_BYTES
+from trimtab_processors.parameters import SEVERAL
+from trimtab_processors.segments import LAG, Contexts, History, Join, Late, Segments, upload
+from trimtab_processors.settings import DEFAULT_CACHE_BYTES, DEFAULT_KL_EVERY
 from trimtab_processors.shift import of_likeliest
 
 if TYPE_CHECKING:
@@ -151,7 +154,14 @@ class DeviceControl:
             )
         segments = Segments(control.table, target.vocabulary, target.device)
         self._longest = segments.longest
-        self.contexts = Contexts(segments, history, window=window, most_new=1 + most_drafts)
+        self._counts = torch.zeros(4, dtype=torch.int64, device=target.device)
+        """Rows that were shifted, and rows left alone since their shift was not finite; tokens of text that
+        were taken in, and those of them that the control has as they are.
+        """
+        self._late_counts, self._counted = Late(self._counts), np.zeros(4, dtype=np.int64)
+        self.contexts = Contexts(
+            segments, history, window=window, most_new=1 + most_drafts, tally=self._counts[2:]
+        )
         blocks = min(part.model.pool.blocks for part in control.parts)
         self.blocks = Blocks(slots, blocks, blocks_for(window))
         self._caches = [part.model.key_values(blocks + _SCRATCH + 1) for part in control.parts]
@@ -162,14 +172,16 @@ class DeviceControl:
         self._strengths = torch.zeros(slots, dtype=torch.float32, device=target.device)
         self._top_k, self._top_ks = np.zeros(slots, dtype=np.int64), torch.zeros_like(self._computed)
         """How many of the target's likeliest tokens are shifted, on the host and on the device; 0: all."""
-        self._counts = torch.zeros(2, dtype=torch.int64, device=target.device)
-        """Rows that were shifted, and rows left alone since their shift was not finite."""
-        self._late_counts, self._counted = Late(self._counts), np.zeros(2, dtype=np.int64)
         self.members = np.zeros(slots, dtype=np.bool_)
         """Which slots are under this control."""
         self._joining: dict[int, Join] = {}
         self._recent: list[NDArray[np.int64]] = []
         self._ahead: Rows | None = None
+
+    @property
+    def capacity(self) -> int:
+        """The blocks that contexts may have."""
+        return self.blocks.pool.blocks - _SCRATCH - 1
 
     def open(self, slot: int, parameters: Parameters, prompt: int, end: int) -> None:
         """Take up a request in `slot`, which was closed before.
@@ -211,11 +223,11 @@ class DeviceControl:
         self._ahead = self.rows(slots) if slots.size else None
 
     def _count(self) -> None:
-        counts = self._late_counts.exchange()
-        shifted, left = (counts - self._counted).tolist()
-        self._counted = np.maximum(counts, self._counted)
-        metrics.TOKENS.labels(*self._labels).inc(max(shifted, 0))
-        metrics.NON_FINITE.labels(*self._labels).inc(max(left, 0))
+        counts = np.maximum(self._late_counts.exchange(), self._counted)
+        counted = (metrics.TOKENS, metrics.NON_FINITE, metrics.ALIGNED, metrics.EXACT)
+        for metric, more in zip(counted, (counts - self._counted).tolist(), strict=True):
+            metric.labels(*self._labels).inc(more)
+        self._counted = counts
         metrics.BLOCKS.labels(*self._labels).set(self.blocks.pool.used - _SCRATCH - 1)
 
     def rows(self, slots: NDArray[np.int64], drafts: Tensor | None = None) -> Rows:
@@ -390,7 +402,7 @@ class DeviceControl:
         if most := int(self._top_k[slots].max()):
             shift = of_likeliest(own[index], shift, self._top_ks[places], most)
         done = known & finite
-        self._counts += torch.stack((done.sum(), (known & ~finite).sum()))
+        self._counts[:2] += torch.stack((done.sum(), (known & ~finite).sum()))
         return torch.where(done[:, None], shift, 0.0)
 
 
@@ -452,6 +464,7 @@ class DeviceRuntime:
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         neutral: bool = True,
         most_drafts: int = 0,
+        kl_every: int = DEFAULT_KL_EVERY,
     ) -> None:
         """Load every control of `controls`, name to pack, beside `target`.
 
@@ -463,11 +476,16 @@ class DeviceRuntime:
             cache_bytes: the size of each control's pool of keys and values, in bytes.
             neutral: how unmapped tokens are shifted, see `PmMined`.
             most_drafts: the draft tokens that a request may have in a step.
+            kl_every: on one step of so many it is measured how far control moves the target; 0: on none.
         """
         self._target, self._history, self._most_drafts = target, history, most_drafts
         self._make = partial(Control, target=target, tables=tables, cache_bytes=cache_bytes, neutral=neutral)
-        self._controls = {name: self.load(name, location) for name, location in controls.items()}
+        self._controls: dict[str, DeviceControl] = {}
+        for name, location in controls.items():
+            self.install(self.load(name, location))
         self._lane = _Lane(target.device)
+        self._sample, self._divergence = Sample(kl_every), _Divergence(target.name, target.device)
+        self._began = 0.0
 
     @property
     def controls(self) -> Sequence[Control]:
@@ -486,6 +504,7 @@ class DeviceRuntime:
     def install(self, control: DeviceControl) -> None:
         """Let requests name `control`, between two steps."""
         self._controls[control.control.name] = control
+        metrics.announce(self._target.name, control.control.name, control.capacity)
 
     def unload(self, name: str) -> None:
         """Let no request name a control, between two steps. Those that still have it go on without: which
@@ -526,9 +545,12 @@ class DeviceRuntime:
         """Begin a step, once the history holds what the last one sampled: compute beside the target's
         forward what the step will most likely want.
         """
+        self._began = time.perf_counter()
+        self._divergence.count()
         with self._lane.beside():
             for control in self._controls.values():
                 control.begin()
+        self._count_blocking(self._began)
 
     @torch.inference_mode()
     def apply(self, logits: Tensor, batch: Batch) -> None:
@@ -536,12 +558,39 @@ class DeviceRuntime:
         started = time.perf_counter()
         self._lane.join()
         active = [control for control in self._controls.values() if control.members[batch.slots].any()]
-        drafts = self._drafts(batch) if active else None
+        if active:
+            self._shift(logits, batch, active)
+        self._count_blocking(started)
+        if active:
+            metrics.STEPS.labels(self._target.name).inc()
+            metrics.STEP_SECONDS.labels(self._target.name).inc(time.perf_counter() - self._began)
+
+    def _shift(self, logits: Tensor, batch: Batch, active: Sequence[DeviceControl]) -> None:
+        drafts = self._drafts(batch)
         several = len(active) > 1 and any(control.guards(batch.slots) for control in active)
         own = logits.clone() if several else logits
-        for control in active:
-            control.apply(logits, own, batch, drafts)
-        metrics.APPLY_SECONDS.labels(self._target.name).inc(time.perf_counter() - started)
+        with self._measuring(logits, batch, active):
+            for control in active:
+                control.apply(logits, own, batch, drafts)
+
+    def _count_blocking(self, since: float) -> None:
+        metrics.BLOCKING_SECONDS.labels(self._target.name).inc(time.perf_counter() - since)
+
+    @contextmanager
+    def _measuring(self, logits: Tensor, batch: Batch, active: Sequence[DeviceControl]) -> Iterator[None]:
+        """Measure, in a sampled step, how far what happens within moves the first row of one request."""
+        steered = batch.slots[np.logical_or.reduce([control.members[batch.slots] for control in active])]
+        place = self._sample.pick(len(steered))
+        if place is None:
+            yield
+            return
+        slot = steered[place]
+        row = ((batch.row_slots == slot) & (batch.row_offsets == 0)).int().argmax(dim=0, keepdim=True)
+        own = logits[row][0]
+        yield
+        names = [control.control.name for control in active if control.members[slot]]
+        nats = kl_divergence(logits[row][0], own)
+        self._divergence.put(nats, names[0] if len(names) == 1 else SEVERAL)
 
     def _drafts(self, batch: Batch) -> Tensor | None:
         """int64 [slots, drafts]: the drafts of this step, -1 for none; None where nobody has any."""
@@ -551,6 +600,30 @@ class DeviceRuntime:
         drafts = torch.full((len(self._history.length), 1 + most), -1, device=self._target.device)
         drafts[batch.row_slots.long(), batch.row_offsets.long()] = batch.row_tokens.long()
         return drafts[:, 1:]
+
+
+class _Divergence:
+    """How far control moved a row, counted `LAG` steps later: the host does not wait for it."""
+
+    def __init__(self, model_name: str, device: torch.device) -> None:
+        self._model_name = model_name
+        self._nats = torch.zeros(1, device=device)
+        self._late = Late(self._nats)
+        self._due: deque[str | None] = deque([None] * LAG)
+        """For which control each of the late copies is counted; None: it holds nothing new."""
+        self._fresh: str | None = None
+
+    def put(self, nats: Tensor, control: str) -> None:
+        """Take float32 [] of this step."""
+        self._nats[0], self._fresh = nats, control
+
+    def count(self) -> None:
+        """Once a step: count what was measured `LAG` steps ago."""
+        control, (nats,) = self._due.popleft(), self._late.exchange().tolist()
+        if control is not None:
+            metrics.observe_divergence(self._model_name, control, nats)
+        self._due.append(self._fresh)
+        self._fresh = None
 
 
 class _Lane:

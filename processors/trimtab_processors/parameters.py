@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 PREFIX = "trimtab_"
+SEVERAL = "several"
+"""What metrics call the control of a request that has more than one."""
 MAX_CONTROLS = 8
 MAX_TOP_K = 1024
 _NO_PROMPT = -1

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from trimtab_processors import metrics
-from trimtab_processors.alignment import Alignment, dropped_tokens
+from trimtab_processors.alignment import Alignment, AlignmentCounts, dropped_tokens
 from trimtab_processors.control import Control, Target
-from trimtab_processors.model import CachedSequence, ControlModel
-from trimtab_processors.settings import DEFAULT_CACHE_BYTES
+from trimtab_processors.divergence import Sample, kl_divergence
+from trimtab_processors.model import CachedSequence
+from trimtab_processors.parameters import SEVERAL
+from trimtab_processors.settings import DEFAULT_CACHE_BYTES, DEFAULT_KL_EVERY
 from trimtab_processors.shift import add_shift, guarded, scaled
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class Request:
         self._prompt = control.prompt(prompt, parameters.prompt)
         self._alignment = Alignment(control.aligner, self._prompt)
         self._dropped = 0
+        self._resumed = len(output)
+        """Output that it had when it was taken up: counted when it was new."""
         self._labels = (model_name, control.name)
         self._shifted_at = -1
         """After how many tokens of output it was last shifted."""
@@ -58,13 +62,19 @@ class Request:
         if len(self._output) < self._seen:
             # vLLM takes tokens back where loading a request's KV cache fails.
             self._seen, self._alignment = 0, Alignment(self.control.aligner, self._prompt)
-        realigned = self._alignment.realignments
+        before = self._alignment.counts
         kept = self._alignment.extend(self._output[self._seen :])
+        if self._seen >= self._resumed:
+            self._count(before, self._alignment.counts)
         self._seen = len(self._output)
         tokens, kept = self._window(self._alignment.tokens, kept)
         lost = sum(sequence.change(tokens, kept) for sequence in self.sequences)
-        metrics.REALIGNMENTS.labels(*self._labels).inc(self._alignment.realignments - realigned)
         metrics.ROLLED_BACK.labels(*self._labels).inc(lost)
+
+    def _count(self, before: AlignmentCounts, now: AlignmentCounts) -> None:
+        metrics.ALIGNED.labels(*self._labels).inc(now.tokens - before.tokens)
+        metrics.EXACT.labels(*self._labels).inc(now.exact - before.exact)
+        metrics.REALIGNMENTS.labels(*self._labels).inc(now.realignments - before.realignments)
 
     def _window(self, tokens: list[int], kept: int) -> tuple[list[int], int]:
         """Cut the context to the control's window; `kept` comes back in the coordinates of what is left."""
@@ -112,6 +122,7 @@ class Runtime:
         tables: Path,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         neutral: bool = True,
+        kl_every: int = DEFAULT_KL_EVERY,
     ) -> None:
         """Load every control of `controls`, name to pack, beside `target`.
 
@@ -121,11 +132,15 @@ class Runtime:
             tables: the directory of mapping tables.
             cache_bytes: the size of each control's pool of keys and values, in bytes.
             neutral: how unmapped tokens are shifted, see `PmMined`.
+            kl_every: on one step of so many it is measured how far control moves the target; 0: on none.
         """
         self._target = target
         self._make = partial(Control, target=target, tables=tables, cache_bytes=cache_bytes, neutral=neutral)
-        self._controls = {name: self.load(name, location) for name, location in controls.items()}
+        self._controls: dict[str, Control] = {}
+        for name, location in controls.items():
+            self.install(self.load(name, location))
         self._shifts: list[Shift] = []
+        self._sample = Sample(kl_every)
 
     @property
     def controls(self) -> Sequence[Control]:
@@ -143,6 +158,8 @@ class Runtime:
     def install(self, control: Control) -> None:
         """Let requests name `control`, between two steps."""
         self._controls[control.name] = control
+        blocks = sum(part.model.pool.blocks for part in control.parts)
+        metrics.announce(self._target.name, control.name, blocks)
 
     def unload(self, name: str) -> None:
         """Let no further request name a control, between two steps; it goes with the last that has it."""
@@ -178,29 +195,34 @@ class Runtime:
 
     def step(self, requests: Sequence[Request]) -> None:
         """Compute what `apply` will add for `requests`, each model once for all of them."""
-        started = time.perf_counter()
-        lacking: defaultdict[ControlModel, list[CachedSequence]] = defaultdict(list)
+        by_control: defaultdict[Control, list[Request]] = defaultdict(list)
+        for request in requests:
+            by_control[request.control].append(request)
+        self._shifts = []
+        for control, members in by_control.items():
+            started = time.perf_counter()
+            self._compute(control, members)
+            if shift := self._route(control, members):
+                self._shifts.append(shift)
+            self._count_blocks(control)
+            seconds = time.perf_counter() - started
+            metrics.FORWARD_SECONDS.labels(self._target.name, control.name).inc(seconds)
+
+    def _compute(self, control: Control, requests: Sequence[Request]) -> None:
         for request in requests:
             request.advance()
-            for part, sequence in zip(request.control.parts, request.sequences, strict=True):
-                if sequence.needs_row:
-                    lacking[part.model].append(sequence)
-        for model, sequences in lacking.items():
-            model.run(sequences)
-        self._shifts = list(self._route(requests))
-        for control in {request.control for request in requests}:
-            self._count_blocks(control)
-        metrics.FORWARD_SECONDS.labels(self._target.name).inc(time.perf_counter() - started)
+        for part, sequences in zip(
+            control.parts, zip(*(request.sequences for request in requests), strict=True), strict=True
+        ):
+            part.model.run([sequence for sequence in sequences if sequence.needs_row])
 
-    def _route(self, requests: Sequence[Request]) -> Iterator[Shift]:
-        by_control: defaultdict[Control, list[tuple[Request, Tensor]]] = defaultdict(list)
-        for request in requests:
-            if (row := request.row) is not None:
-                by_control[request.control].append((request, row))
-        for control, members in by_control.items():
-            steered, rows = zip(*members, strict=True)
-            strengths = torch.tensor([request.strength for request in steered], device=self._target.device)
-            yield Shift(control, steered, *scaled(control.routing.shift(torch.stack(rows)), strengths))
+    def _route(self, control: Control, requests: Sequence[Request]) -> Shift | None:
+        with_row = [(request, row) for request in requests if (row := request.row) is not None]
+        if not with_row:
+            return None
+        steered, rows = zip(*with_row, strict=True)
+        strengths = torch.tensor([request.strength for request in steered], device=self._target.device)
+        return Shift(control, steered, *scaled(control.routing.shift(torch.stack(rows)), strengths))
 
     def apply(self, logits: Tensor, requests: Mapping[int, Sequence[Request]]) -> None:
         """Shift `logits`, float [rows, width], in place.
@@ -216,15 +238,34 @@ class Runtime:
             top_ks = [request.top_k for request in shift.requests]
             added.append((rows, guarded(shift.values, logits, rows, top_ks)))
             self._count_rows(shift)
-        for rows, values in added:  # not before every guard has seen the target's own logits
-            add_shift(logits, rows, values)
+        with self._measuring(logits, requests):
+            for rows, values in added:  # not before every guard has seen the target's own logits
+                add_shift(logits, rows, values)
+
+    @contextmanager
+    def _measuring(self, logits: Tensor, requests: Mapping[int, Sequence[Request]]) -> Iterator[None]:
+        """Measure, in a sampled step, how far what happens within moves one of the rows."""
+        place = self._sample.pick(len(requests))
+        if place is None:
+            yield
+            return
+        row, of_row = [*requests.items()][place]
+        own = logits[row].clone()
+        yield
+        control = of_row[0].control.name if len(of_row) == 1 else SEVERAL
+        metrics.observe_divergence(self._target.name, control, float(kl_divergence(logits[row], own)))
 
     @contextmanager
     def holding_up(self) -> Iterator[None]:
         """Count the time within as time for which the engine's step was held up."""
         started = time.perf_counter()
         yield
-        metrics.APPLY_SECONDS.labels(self._target.name).inc(time.perf_counter() - started)
+        metrics.BLOCKING_SECONDS.labels(self._target.name).inc(time.perf_counter() - started)
+
+    def count_step(self, seconds: float) -> None:
+        """Count a step with a controlled request, from its beginning to its shifted logits."""
+        metrics.STEPS.labels(self._target.name).inc()
+        metrics.STEP_SECONDS.labels(self._target.name).inc(seconds)
 
     def _count_rows(self, shift: Shift) -> None:
         finite = [

@@ -8,7 +8,7 @@ length, which is enough to lay out a step.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -49,12 +49,12 @@ class Late:
         self.turn = 0
         """Which of the copies is the next to be given."""
 
-    def exchange(self) -> NDArray[np.int64]:
+    def exchange(self) -> NDArray[Any]:
         """Give the oldest copy, zeros at first, and begin a new one in its place."""
         event = self._events[self.turn]
         if event:
             event.synchronize()
-        values: NDArray[np.int64] = self._arrays[self.turn].copy()
+        values: NDArray[Any] = self._arrays[self.turn].copy()
         self._copies[self.turn].copy_(self._source, non_blocking=True)
         if event:
             event.record()
@@ -75,6 +75,9 @@ class Segments:
         self._starts = torch.from_numpy(offsets).to(device)
         self._lengths = torch.from_numpy(lengths).to(device)
         self._text_lengths = torch.from_numpy(np.where(special, 0, lengths)).to(device)
+        self._is_text = torch.from_numpy(~special).to(device)
+        self._is_text[-1] = False
+        self._is_exact = torch.from_numpy(np.append(table.exact, False) & ~special).to(device)
         self._ids = torch.from_numpy(np.append(table.segment_ids, 0).astype(np.int64)).to(device)
         self._within = torch.arange(self.longest, device=device)
 
@@ -91,6 +94,11 @@ class Segments:
         known = self._known(tokens)
         places = self._starts[known][..., None] + self._within
         return self._ids[places.clamp(max=len(self._ids) - 1)], self._lengths[known]
+
+    def tally(self, tokens: Tensor) -> Tensor:
+        """int64 [2]: how many of `tokens`, int [...], are text, and how many the control has as they are."""
+        known = self._known(tokens)
+        return torch.stack((self._is_text[known].sum(), self._is_exact[known].sum()))
 
     def lengths(self, tokens: Tensor, prompt: int) -> Tensor:
         """int64 [n]: the lengths of the segments of `tokens`, int [n].
@@ -138,7 +146,9 @@ class Join:
 class Contexts:
     """The contexts of one control by slot: `tokens` on the device, and what the host may know of them."""
 
-    def __init__(self, segments: Segments, history: History, *, window: int, most_new: int) -> None:
+    def __init__(
+        self, segments: Segments, history: History, *, window: int, most_new: int, tally: Tensor
+    ) -> None:
         """Prepare as many contexts as the history has slots.
 
         Args:
@@ -146,8 +156,10 @@ class Contexts:
             history: what the contexts follow.
             window: the tokens that a context may have after a step.
             most_new: the target tokens that a step may bring, drafts included.
+            tally: int64 [2], to which `Segments.tally` of what was generated is added.
         """
         self._segments, self._history, self._window = segments, history, window
+        self._tally = tally
         self._device = history.length.device
         slots, growth = len(history.length), segments.longest * most_new
         self._limit = window - min(max(window // 8, growth), window // 2)
@@ -239,7 +251,9 @@ class Contexts:
         ahead = torch.arange(count, device=self._device)
         positions = (seen[:, None] + ahead).clamp(max=self._history.tokens.shape[1] - 1)
         tokens = self._history.tokens[places[:, None], positions]
-        self.length[places] = self._write(places, torch.where(ahead < new[:, None], tokens, -1))[:, -1]
+        tokens = torch.where(ahead < new[:, None], tokens, -1)
+        self._tally += self._segments.tally(tokens)
+        self.length[places] = self._write(places, tokens)[:, -1]
         self._seen[places] = seen + new
 
     def ends(self, places: Tensor, drafts: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 KEY = "trimtab"
 DEFAULT_TABLES = Path("~/.cache/trimtab/tables")
 DEFAULT_CACHE_BYTES = 256 * 2**20
+DEFAULT_KL_EVERY = 16
 
 
 class PluginSettings(BaseModel):
@@ -42,6 +43,8 @@ class PluginSettings(BaseModel):
     """Directories below which controls may be loaded while the engine runs; none: no control is loaded."""
     neutral: bool = True
     """Unmapped tokens get the mean shift; false: none, as in the reference implementation."""
+    kl_every: Annotated[int, Field(ge=0)] = DEFAULT_KL_EVERY
+    """On one controlled step of so many, how far control moves the target is measured; 0: on none."""
 
 
 def read_settings(additional_config: Any) -> PluginSettings:

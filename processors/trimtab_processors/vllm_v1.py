@@ -8,6 +8,7 @@ its `vllm_xargs`.
 from __future__ import annotations
 
 import logging
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,10 @@ class ControlProcessor(LogitsProcessor):
             tables=settings.tables.expanduser(),
             cache_bytes=settings.cache_bytes,
             neutral=settings.neutral,
+            kl_every=settings.kl_every,
         )
+        self._began = 0.0
+        """When the step began."""
         self._requests: dict[int, tuple[Request, ...]] = {}
         """By row; several of one row are summed."""
         self._worker = Worker(settings.control_cpus)
@@ -82,17 +86,14 @@ class ControlProcessor(LogitsProcessor):
         """Follow the batch, then begin the rows of this step; the output lists already end in the last
         tokens.
         """
-        self._worker.wait()  # for a step whose logits were not wanted
-        if batch_update:
-            for index in batch_update.removed:
-                self._close(index)
-            for index, params, prompt, output in batch_update.added:
-                self._open(index, params, prompt, output)
-            for source, destination, direction in batch_update.moved:
-                self._move(source, destination, direction)
-        if self._requests:
-            requests = [request for of_row in self._requests.values() for request in of_row]
-            self._worker.start(partial(self._runtime.step, requests))
+        self._began = time.perf_counter()
+        with self._runtime.holding_up():
+            self._worker.wait()  # for a step whose logits were not wanted
+            if batch_update:
+                self._follow(batch_update)
+            if self._requests:
+                requests = [request for of_row in self._requests.values() for request in of_row]
+                self._worker.start(partial(self._runtime.step, requests))
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Shift float32 [requests, vocabulary] in place."""
@@ -100,7 +101,17 @@ class ControlProcessor(LogitsProcessor):
             self._worker.wait()
             if self._requests:
                 self._runtime.apply(logits, self._requests)
+        if self._requests:
+            self._runtime.count_step(time.perf_counter() - self._began)
         return logits
+
+    def _follow(self, update: BatchUpdate) -> None:
+        for index in update.removed:
+            self._close(index)
+        for index, params, prompt, output in update.added:
+            self._open(index, params, prompt, output)
+        for source, destination, direction in update.moved:
+            self._move(source, destination, direction)
 
     def _open(self, index: int, params: SamplingParams, prompt: list[int] | None, output: list[int]) -> None:
         # vLLM does not report as removed a request whose place a new one takes in the same step.

@@ -61,6 +61,7 @@ class ControlProcessor(LogitsProcessor):
             tables=settings.tables.expanduser(),
             cache_bytes=settings.cache_bytes,
             neutral=settings.neutral,
+            kl_every=settings.kl_every,
             most_drafts=speculation.num_speculative_tokens if speculation else 0,
         )
         attach(self._runtime, lambda: None, req_states.device)

@@ -15,6 +15,7 @@ from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trimtab_processors.parameters import SEVERAL
 from trimtab_server.errors import CLIENT_CLOSED_REQUEST
 from trimtab_server.logs import FIELDS
 from trimtab_server.metrics import Metrics
@@ -26,7 +27,6 @@ logger = logging.getLogger(__name__)
 REQUEST_ID = "x-request-id"
 APPLIED_CONTROL = HEADER
 """The answer's header that says which control was applied, and how strongly."""
-SEVERAL = "several"
 SHOWN_BODY_BYTES = 4096
 """As much of a request's body `log_prompts` shows."""
 OWN_ENDPOINTS = frozenset({"/health", "/ready", "/metrics"})
@@ -91,7 +91,7 @@ class Exchange:
         elif body := message.get("body"):
             if self._first_byte is None:
                 self._first_byte = self._seconds()
-                self._metrics.first_byte.labels(self._model, self._endpoint).observe(self._first_byte)
+                self._metrics.first_byte.labels(*self._labels).observe(self._first_byte)
             self._tail.feed(body)
 
     def finish(self) -> None:
@@ -101,9 +101,13 @@ class Exchange:
             self._metrics.in_flight.labels(self._model).dec()
         status = CLIENT_CLOSED_REQUEST if self.status is None else self.status
         seconds = self._seconds()
-        self._metrics.requests.labels(self._model, self._endpoint, self.control, str(status)).inc()
-        self._metrics.duration.labels(self._model, self._endpoint).observe(seconds)
+        self._metrics.requests.labels(*self._labels, str(status)).inc()
+        self._metrics.duration.labels(*self._labels).observe(seconds)
         self._log(status, seconds)
+
+    @property
+    def _labels(self) -> tuple[str, str, str]:
+        return self._model, self._endpoint, self.control
 
     def _log(self, status: int, seconds: float) -> None:
         level = logging.DEBUG if self._path in OWN_ENDPOINTS else logging.INFO

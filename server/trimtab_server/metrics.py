@@ -20,12 +20,12 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        by_request = (MODEL_LABEL, "endpoint")
+        by_request = (MODEL_LABEL, "endpoint", "control")
         by_worker = (MODEL_LABEL, REPLICA_LABEL)
         self.requests = Counter(
             "trimtab_gateway_requests",
             "Requests answered. Status 499: the client went away first.",
-            (*by_request, "control", "status"),
+            (*by_request, "status"),
             registry=self.registry,
         )
         self.duration = Histogram(

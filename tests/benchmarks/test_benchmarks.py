@@ -110,3 +110,10 @@ def test_alignments_compares_segments_with_retokenize_on_a_small_world_and_on_pr
     assert 0 < unlike["other_tokens"] <= 1
     assert 0 < unlike["where_other"]["steps"] < unlike["everywhere"]["steps"]
     assert 0 < unlike["everywhere"]["kl_mean"] < unlike["everywhere"]["kl_p99"]
+
+
+def test_the_divergence_is_timed_beside_adding_the_shift():
+    found = last_line("divergence.py", "--width", 1000, "--batch", 2, "--rounds", 2)
+    (result,) = found["results"]
+    assert result["step_ms"] * found["every"] == result["divergence_ms"] > 0
+    assert result["add_ms"] > 0

@@ -22,6 +22,7 @@ from engines import Engine, engine
 from reference import Model, Reference
 from tiny import sentences
 from trimtab_processors.pack import Component, Pack
+from trimtab_processors.settings import DEFAULT_KL_EVERY
 
 pytestmark = pytest.mark.engine
 
@@ -573,3 +574,5 @@ def test_every_rank_of_two_shifts_alike(world, tmp_path_factory):
             check(world, ask, choice) for ask, choice in zip(asks, complete_all(server, asks), strict=True)
         )
         assert server.metric("trimtab_controlled_tokens_total") == tokens
+        steps = server.metric("trimtab_steps_total")
+        assert server.metric("trimtab_shift_kl_nats_count") == steps // DEFAULT_KL_EVERY > 0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -137,3 +140,33 @@ def test_all_processes_of_a_worker_descend_from_its_launcher(directory):
     server, engine = worker_processes(directory)
     assert parent_of(engine) == server
     assert "trimtab_server.launch" in Path(f"/proc/{parent_of(server)}/cmdline").read_text()
+
+
+def test_metrics_are_those_of_the_worker_that_runs_after_the_one_that_was_killed(client, url, directory):
+    """Its counters begin anew, its gauges hold nothing of the dead, and each sample stands there once."""
+    labels = {"model_name": "a", "control": "control"}
+    assert sample(url, "trimtab_controlled_tokens_total", **labels) > 0
+    with ask(client, "control", stream=True, max_tokens=200) as stream:
+        next(iter(stream))
+        os.kill(worker_processes(directory)[-1], signal.SIGKILL)
+        with pytest.raises(openai.APIError):
+            [*stream]
+    deadline = time.monotonic() + 120
+    while not (is_ready(url) and sample(url, "trimtab_gateway_worker_restarts_total", model_name="a")):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert sample(url, "trimtab_controlled_tokens_total", **labels) == 0
+    assert sample(url, "trimtab_blocks_in_use", **labels) == 0
+    ask(client, "control", max_tokens=12)
+    assert sample(url, "trimtab_controlled_tokens_total", **labels) == 12
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
+        lines = [line.rpartition(" ")[0] for line in response.read().decode().splitlines() if line[0] != "#"]
+    assert len(lines) == len({*lines})
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/ready", timeout=30) as response:
+            return response.status == 200
+    except urllib.error.HTTPError:
+        return False
