@@ -150,7 +150,7 @@ def test_metrics_are_those_of_the_worker_that_runs_after_the_one_that_was_killed
         next(iter(stream))
         os.kill(worker_processes(directory)[-1], signal.SIGKILL)
         with pytest.raises(openai.APIError):
-            [*stream]
+            list(stream)
     deadline = time.monotonic() + 120
     while not (is_ready(url) and sample(url, "trimtab_gateway_worker_restarts_total", model_name="a")):
         assert time.monotonic() < deadline
