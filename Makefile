@@ -10,7 +10,7 @@ CLIENTS_READY := $(CLIENTS)/.ready
 # uv reads find-links from its own variable only.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: setup demo test bench evidence check format lock clean
+.PHONY: setup demo test bench evidence screenshots check format lock clean
 
 setup: $(READY) $(CLIENTS_READY)
 
@@ -46,6 +46,10 @@ evidence: setup
 	$(BIN)/python benchmarks/gateway_overhead.py
 	$(BIN)/python benchmarks/gateway_overhead.py --way socket
 	$(BIN)/python benchmarks/soak.py
+
+# The pictures in docs/playground/, by the system's Chromium.
+screenshots: setup
+	$(BIN)/python benchmarks/playground_shots.py
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -25,6 +25,7 @@ from trimtab_server.errors import (
 from trimtab_server.exchange import APPLIED_CONTROL, REQUEST_ID, Observe
 from trimtab_server.loading import Loader
 from trimtab_server.metrics import Metrics
+from trimtab_server.playground import playground_routes
 from trimtab_server.routes import Gateway, admin_routes, open_routes, routes
 from trimtab_server.settings import Cors, Settings
 from trimtab_server.workers import Workers
@@ -54,6 +55,7 @@ def create_app(settings: Settings, catalogue: Catalogue, workers: Workers, metri
     app.add_exception_handler(Exception, on_fault)
     app.add_exception_handler(ValidationError, on_validation_error)
     app.include_router(open_routes)
+    app.include_router(playground_routes)
     app.include_router(admin_routes)
     app.include_router(routes)
     return app

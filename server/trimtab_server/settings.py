@@ -350,6 +350,8 @@ class Settings(_Section):
     are none."""
     protect_metrics: bool = False
     """Whether `/metrics` needs an API key too."""
+    playground: bool = True
+    """Whether `/` answers the playground, a page to try controls on; it needs no key, what it asks does."""
     control_roots: tuple[LocalPath, ...] = ()
     """Directories below which controls may be loaded while the gateway runs."""
     limits: Limits = Limits()
