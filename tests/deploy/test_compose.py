@@ -161,9 +161,9 @@ class TestDockerfile:
         assert user.split(":")[0].isdecimal()
         assert user.split(":")[0] != "0"
 
-    def test_the_image_for_cpus_leaves_out_what_only_development_asks_for_and_triton(self):
-        development = needed("trimtab[dev]") - needed("trimtab[cpu]")
-        assert packages("image-excludes.txt") == (packages("cpu.txt") & development) | {"triton"}
+    def test_the_image_for_cpus_leaves_out_what_serving_does_without(self):
+        unused = packages("cpu.txt") - needed("trimtab[cpu]")
+        assert packages("image-excludes.txt") == unused | {"triton"}
 
     def test_the_build_sees_the_packages_the_locks_and_nothing_else(self):
         first, *rest = [
