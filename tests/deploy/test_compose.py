@@ -14,6 +14,7 @@ import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -377,3 +378,30 @@ def up(port: int) -> list[str]:
     """Whether Prometheus reached its targets at the last time."""
     result = get_json(f"http://127.0.0.1:{port}/api/v1/query?query=up")["data"]["result"]
     return [series["value"][1] for series in result]
+
+
+class TestGrafana:
+    PROVISIONING = DEPLOY / "grafana/provisioning"
+
+    def provisioned(self, kind: str) -> list[dict]:
+        files = sorted((self.PROVISIONING / kind).glob("*.y*ml"))
+        key = {"datasources": "datasources", "dashboards": "providers"}[kind]
+        return [one for file in files for one in yaml.safe_load(file.read_text(encoding="utf-8"))[key]]
+
+    def test_it_is_provisioned_from_the_repository(self):
+        assert mounts("grafana")["/etc/grafana/provisioning"] == "./deploy/grafana/provisioning"
+
+    def test_it_asks_the_prometheus_of_compose(self):
+        (source,) = self.provisioned("datasources")
+        url = urlsplit(source["url"])
+        assert url.hostname in SERVICES
+        assert f":{url.port}" in SERVICES[url.hostname]["ports"][0][-5:]
+
+    def test_dashboards_stand_where_it_looks_for_them(self):
+        (provider,) = self.provisioned("dashboards")
+        assert list((ROOT / mounts("grafana")[provider["options"]["path"]]).glob("*.json"))
+
+    def test_who_changes_something_needs_the_password_of_the_environment(self):
+        environment = SERVICES["grafana"]["environment"]
+        assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+        assert environment["GF_SECURITY_ADMIN_PASSWORD"].startswith("${GRAFANA_PASSWORD")
