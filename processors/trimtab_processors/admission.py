@@ -45,8 +45,14 @@ def served_target(vllm_config: VllmConfig, device: torch.device) -> Target:
     )
 
 
-def count_on_one_rank(vllm_config: VllmConfig) -> None:
-    """Let the first of the ranks that shift the same logits count for all of them."""
+def count_on_one_rank(vllm_config: VllmConfig) -> bool:
+    """Let the first of the ranks that shift the same logits count for all of them.
+
+    Returns:
+        Whether this one does.
+    """
     parallel = vllm_config.parallel_config
-    if parallel.rank % parallel.tensor_parallel_size:
+    counts = not parallel.rank % parallel.tensor_parallel_size
+    if not counts:
         metrics.silence()
+    return counts

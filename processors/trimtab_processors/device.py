@@ -102,6 +102,10 @@ class Blocks:
         self.table[slot], self._held[slot], self.empty[slot] = _SCRATCH, 0, True
         self._owners.pop(slot, None)
 
+    def held_by(self, slots: NDArray[np.int64]) -> int:
+        """How many blocks `slots`, int64 [n], hold."""
+        return int(self._held[slots].sum())
+
     def reserve(self, slot: int, count: int, wave: Sequence[int]) -> bool:
         """Give `slot` its first `count` blocks, taken from the longest idle where none are free.
 
@@ -177,6 +181,8 @@ class DeviceControl:
         self._joining: dict[int, Join] = {}
         self._recent: list[NDArray[np.int64]] = []
         self._ahead: Rows | None = None
+        self._served = np.zeros(0, dtype=np.int64)
+        """The slots of the last step: of a request that ended, nobody tells."""
 
     @property
     def capacity(self) -> int:
@@ -228,7 +234,8 @@ class DeviceControl:
         for metric, more in zip(counted, (counts - self._counted).tolist(), strict=True):
             metric.labels(*self._labels).inc(more)
         self._counted = counts
-        metrics.BLOCKS.labels(*self._labels).set(self.blocks.pool.used - _SCRATCH - 1)
+        metrics.BLOCKS.labels(*self._labels).set(self.blocks.held_by(self._served))
+        self._served = self._served[:0]
 
     def rows(self, slots: NDArray[np.int64], drafts: Tensor | None = None) -> Rows:
         """Compute the rows of `slots`, after what they have and after each of their drafts.
@@ -333,7 +340,7 @@ class DeviceControl:
             drafts: see `rows`; without, each request has one row.
         """
         members = np.flatnonzero(self.members[batch.slots])
-        slots = batch.slots[members]
+        slots = self._served = batch.slots[members]
         if drafts is None:
             self._apply_single(logits, own, slots, members)
             self._recent.append(slots)  # with drafts, what could be computed ahead is not worth a pass
@@ -485,7 +492,9 @@ class DeviceRuntime:
             self.install(self.load(name, location))
         self._lane = _Lane(target.device)
         self._sample, self._divergence = Sample(kl_every), _Divergence(target.name, target.device)
-        self._began = 0.0
+        self._began = self._blocked = 0.0
+        self._begins = True
+        """Whether nothing of the step has been counted."""
 
     @property
     def controls(self) -> Sequence[Control]:
@@ -511,6 +520,7 @@ class DeviceRuntime:
         they are, nobody tells this runtime.
         """
         self._controls.pop(name, None)
+        metrics.withdraw(self._target.name, name)
 
     def open(self, slot: int, parameters: Sequence[Parameters], prompt: int, end: int) -> bool:
         """Take up the request in `slot`, anew or resumed; whatever was in the slot before is forgotten.
@@ -545,12 +555,12 @@ class DeviceRuntime:
         """Begin a step, once the history holds what the last one sampled: compute beside the target's
         forward what the step will most likely want.
         """
-        self._began = time.perf_counter()
+        self._began, self._begins = time.perf_counter(), True
         self._divergence.count()
         with self._lane.beside():
             for control in self._controls.values():
                 control.begin()
-        self._count_blocking(self._began)
+        self._blocked = time.perf_counter() - self._began
 
     @torch.inference_mode()
     def apply(self, logits: Tensor, batch: Batch) -> None:
@@ -560,10 +570,7 @@ class DeviceRuntime:
         active = [control for control in self._controls.values() if control.members[batch.slots].any()]
         if active:
             self._shift(logits, batch, active)
-        self._count_blocking(started)
-        if active:
-            metrics.STEPS.labels(self._target.name).inc()
-            metrics.STEP_SECONDS.labels(self._target.name).inc(time.perf_counter() - self._began)
+            self._count_step(started)
 
     def _shift(self, logits: Tensor, batch: Batch, active: Sequence[DeviceControl]) -> None:
         drafts = self._drafts(batch)
@@ -573,8 +580,12 @@ class DeviceRuntime:
             for control in active:
                 control.apply(logits, own, batch, drafts)
 
-    def _count_blocking(self, since: float) -> None:
-        metrics.BLOCKING_SECONDS.labels(self._target.name).inc(time.perf_counter() - since)
+    def _count_step(self, started: float) -> None:
+        """Count the step, or a further part of it, of which `apply` has taken the time since `started`."""
+        now = time.perf_counter()
+        blocked = self._blocked + now - started
+        metrics.count_step(self._target.name, seconds=now - self._began, blocked=blocked, begins=self._begins)
+        self._began, self._blocked, self._begins = now, 0.0, False
 
     @contextmanager
     def _measuring(self, logits: Tensor, batch: Batch, active: Sequence[DeviceControl]) -> Iterator[None]:
@@ -619,6 +630,8 @@ class _Divergence:
 
     def count(self) -> None:
         """Once a step: count what was measured `LAG` steps ago."""
+        if self._fresh is None and not any(self._due):
+            return
         control, (nats,) = self._due.popleft(), self._late.exchange().tolist()
         if control is not None:
             metrics.observe_divergence(self._model_name, control, nats)

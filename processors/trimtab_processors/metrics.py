@@ -43,7 +43,7 @@ FORWARD_SECONDS = Counter(
     CONTROL,
 )
 BLOCKING_SECONDS = Counter(
-    "trimtab_blocking_seconds", "Time for which control held up the engine's steps.", MODEL
+    "trimtab_blocking_seconds", "Time for which control held up the steps with a controlled request.", MODEL
 )
 STEP_SECONDS = Counter(
     "trimtab_step_seconds",
@@ -82,6 +82,26 @@ def announce(model: str, control: str, blocks: int) -> None:
     for of_control in OF_CONTROLS:
         of_control.labels(model, control)
     BLOCK_CAPACITY.labels(model, control).set(blocks)
+
+
+def withdraw(model: str, control: str) -> None:
+    """A control is unloaded: what it counted stays, it has no cache any more."""
+    for gauge in (BLOCKS, BLOCK_CAPACITY):
+        gauge.labels(model, control).set(0)
+
+
+def count_step(model: str, *, seconds: float, blocked: float, begins: bool = True) -> None:
+    """Count a step with a controlled request, or a further part of one.
+
+    Args:
+        model: whose step it is.
+        seconds: from its beginning to its shifted logits.
+        blocked: for how much of that control held it up.
+        begins: whether it is not a further part.
+    """
+    STEPS.labels(model).inc(int(begins))
+    STEP_SECONDS.labels(model).inc(seconds)
+    BLOCKING_SECONDS.labels(model).inc(blocked)
 
 
 def observe_divergence(model: str, control: str, nats: float) -> None:

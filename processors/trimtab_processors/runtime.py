@@ -8,13 +8,13 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trimtab_processors import metrics
-from trimtab_processors.alignment import Alignment, AlignmentCounts, dropped_tokens
+from trimtab_processors.alignment import Alignment, dropped_tokens
 from trimtab_processors.control import Control, Target
 from trimtab_processors.divergence import Sample, kl_divergence
 from trimtab_processors.model import CachedSequence
@@ -29,6 +29,16 @@ if TYPE_CHECKING:
     from trimtab_processors.parameters import Parameters
 
 logger = logging.getLogger(__name__)
+
+
+class Advance(NamedTuple):
+    """What it took to bring a request's contexts up to date; the first three as in `AlignmentCounts`."""
+
+    tokens: int
+    exact: int
+    realignments: int
+    rolled_back: int
+    """Computed tokens that a new alignment dropped."""
 
 
 class Request:
@@ -57,24 +67,24 @@ class Request:
         self._shifted_at = -1
         """After how many tokens of output it was last shifted."""
 
-    def advance(self) -> None:
+    def advance(self) -> Advance:
         """Bring the control's contexts up to what the target has generated."""
         if len(self._output) < self._seen:
             # vLLM takes tokens back where loading a request's KV cache fails.
             self._seen, self._alignment = 0, Alignment(self.control.aligner, self._prompt)
+            self._resumed = len(self._output)
         before = self._alignment.counts
         kept = self._alignment.extend(self._output[self._seen :])
-        if self._seen >= self._resumed:
-            self._count(before, self._alignment.counts)
+        is_new = self._seen >= self._resumed
         self._seen = len(self._output)
         tokens, kept = self._window(self._alignment.tokens, kept)
         lost = sum(sequence.change(tokens, kept) for sequence in self.sequences)
-        metrics.ROLLED_BACK.labels(*self._labels).inc(lost)
-
-    def _count(self, before: AlignmentCounts, now: AlignmentCounts) -> None:
-        metrics.ALIGNED.labels(*self._labels).inc(now.tokens - before.tokens)
-        metrics.EXACT.labels(*self._labels).inc(now.exact - before.exact)
-        metrics.REALIGNMENTS.labels(*self._labels).inc(now.realignments - before.realignments)
+        now = self._alignment.counts
+        if not is_new:
+            before = now
+        return Advance(
+            now.tokens - before.tokens, now.exact - before.exact, now.realignments - before.realignments, lost
+        )
 
     def _window(self, tokens: list[int], kept: int) -> tuple[list[int], int]:
         """Cut the context to the control's window; `kept` comes back in the coordinates of what is left."""
@@ -165,6 +175,7 @@ class Runtime:
         """Let no further request name a control, between two steps; it goes with the last that has it."""
         self._controls.pop(name, None)
         self._shifts = []  # the last step's, which would keep it
+        metrics.withdraw(self._target.name, name)
 
     def open(self, parameters: Parameters, prompt: Sequence[int], output: list[int]) -> Request | None:
         """Take a request up, anew or resumed with the `output` that it has already.
@@ -209,8 +220,7 @@ class Runtime:
             metrics.FORWARD_SECONDS.labels(self._target.name, control.name).inc(seconds)
 
     def _compute(self, control: Control, requests: Sequence[Request]) -> None:
-        for request in requests:
-            request.advance()
+        self._count_advances(control, [request.advance() for request in requests])
         for part, sequences in zip(
             control.parts, zip(*(request.sequences for request in requests), strict=True), strict=True
         ):
@@ -255,17 +265,9 @@ class Runtime:
         control = of_row[0].control.name if len(of_row) == 1 else SEVERAL
         metrics.observe_divergence(self._target.name, control, float(kl_divergence(logits[row], own)))
 
-    @contextmanager
-    def holding_up(self) -> Iterator[None]:
-        """Count the time within as time for which the engine's step was held up."""
-        started = time.perf_counter()
-        yield
-        metrics.BLOCKING_SECONDS.labels(self._target.name).inc(time.perf_counter() - started)
-
-    def count_step(self, seconds: float) -> None:
-        """Count a step with a controlled request, from its beginning to its shifted logits."""
-        metrics.STEPS.labels(self._target.name).inc()
-        metrics.STEP_SECONDS.labels(self._target.name).inc(seconds)
+    def count_step(self, seconds: float, blocked: float) -> None:
+        """Count a step with a controlled request, and for how much of it control held it up."""
+        metrics.count_step(self._target.name, seconds=seconds, blocked=blocked)
 
     def _count_rows(self, shift: Shift) -> None:
         finite = [
@@ -273,6 +275,11 @@ class Runtime:
         ]
         metrics.TOKENS.labels(self._target.name, shift.control.name).inc(sum(finite))
         metrics.NON_FINITE.labels(self._target.name, shift.control.name).inc(len(finite) - sum(finite))
+
+    def _count_advances(self, control: Control, advances: Sequence[Advance]) -> None:
+        counted = (metrics.ALIGNED, metrics.EXACT, metrics.REALIGNMENTS, metrics.ROLLED_BACK)
+        for metric, counts in zip(counted, zip(*advances, strict=True), strict=True):
+            metric.labels(self._target.name, control.name).inc(sum(counts))
 
     def _count_blocks(self, control: Control) -> None:
         used = sum(part.model.pool.used for part in control.parts)

@@ -52,7 +52,7 @@ class ControlProcessor(LogitsProcessor):
                 "trimtab reads each sampled token on the host, which asynchronous scheduling does not"
                 " give it: start vLLM with --no-async-scheduling"
             )
-        count_on_one_rank(vllm_config)
+        counts = count_on_one_rank(vllm_config)
         settings = read_settings(vllm_config.additional_config)
         if settings.control_cpus and device.type != "cpu":
             raise ValueError(
@@ -64,10 +64,10 @@ class ControlProcessor(LogitsProcessor):
             tables=settings.tables.expanduser(),
             cache_bytes=settings.cache_bytes,
             neutral=settings.neutral,
-            kl_every=settings.kl_every,
+            kl_every=settings.kl_every if counts else 0,
         )
-        self._began = 0.0
-        """When the step began."""
+        self._began = self._blocked = 0.0
+        """When the step began, and for how long it has been held up."""
         self._requests: dict[int, tuple[Request, ...]] = {}
         """By row; several of one row are summed."""
         self._worker = Worker(settings.control_cpus)
@@ -87,22 +87,22 @@ class ControlProcessor(LogitsProcessor):
         tokens.
         """
         self._began = time.perf_counter()
-        with self._runtime.holding_up():
-            self._worker.wait()  # for a step whose logits were not wanted
-            if batch_update:
-                self._follow(batch_update)
-            if self._requests:
-                requests = [request for of_row in self._requests.values() for request in of_row]
-                self._worker.start(partial(self._runtime.step, requests))
+        self._worker.wait()  # for a step whose logits were not wanted
+        if batch_update:
+            self._follow(batch_update)
+        if self._requests:
+            requests = [request for of_row in self._requests.values() for request in of_row]
+            self._worker.start(partial(self._runtime.step, requests))
+        self._blocked = time.perf_counter() - self._began
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Shift float32 [requests, vocabulary] in place."""
-        with self._runtime.holding_up():
-            self._worker.wait()
-            if self._requests:
-                self._runtime.apply(logits, self._requests)
+        started = time.perf_counter()
+        self._worker.wait()
         if self._requests:
-            self._runtime.count_step(time.perf_counter() - self._began)
+            self._runtime.apply(logits, self._requests)
+            now = time.perf_counter()
+            self._runtime.count_step(now - self._began, self._blocked + now - started)
         return logits
 
     def _follow(self, update: BatchUpdate) -> None:

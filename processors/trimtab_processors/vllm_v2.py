@@ -46,7 +46,7 @@ class ControlProcessor(LogitsProcessor):
         Raises:
             ValueError: the configuration is wrong.
         """
-        count_on_one_rank(vllm_config)
+        counts = count_on_one_rank(vllm_config)
         settings = read_settings(vllm_config.additional_config)
         if settings.control_cpus:
             raise ValueError(
@@ -61,7 +61,7 @@ class ControlProcessor(LogitsProcessor):
             tables=settings.tables.expanduser(),
             cache_bytes=settings.cache_bytes,
             neutral=settings.neutral,
-            kl_every=settings.kl_every,
+            kl_every=settings.kl_every if counts else 0,
             most_drafts=speculation.num_speculative_tokens if speculation else 0,
         )
         attach(self._runtime, lambda: None, req_states.device)

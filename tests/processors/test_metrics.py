@@ -185,3 +185,51 @@ def test_the_document_has_every_metric_with_its_labels_and_no_other():
 
 def exposed_name(metric) -> str:
     return metric._name + ("_total" if metric._type == "counter" else "")
+
+
+def test_tokens_that_the_engine_takes_back_are_counted_once(family, tmp_path):
+    """As vLLM does where loading a request's KV cache fails."""
+    runtime, target = on_host(family, tmp_path, "taken-back"), target_of(family, "taken-back")
+    tokens = [token for token in tokens_of(target, 60) if is_text(target, token)][:20]
+    output = []
+    request = runtime.open(STEERED, PROMPT, output)
+    output += tokens[:10]
+    runtime.step([request])
+    del output[5:]
+    runtime.step([request])
+    output += tokens[10:]
+    runtime.step([request])
+    assert value("aligned_tokens_total", "taken-back") == 20
+
+
+def test_the_device_shows_the_blocks_of_its_last_step_and_none_of_who_has_gone(family, tmp_path):
+    engine = OnDevice(family, tmp_path, "blocks")
+    engine.open(STEERED, output=[])
+    engine.step(torch.zeros(1, engine.width))
+    engine.runtime.begin()
+    assert value("blocks_in_use", "blocks") > 0
+    engine.runtime.begin()
+    assert value("blocks_in_use", "blocks") == 0
+
+
+def test_a_control_that_is_unloaded_has_no_cache_any_more(family, tmp_path):
+    for runtime in (on_host(family, tmp_path, "left"), OnDevice(family, tmp_path, "left-device").runtime):
+        runtime.unload("control")
+    for name in ("left", "left-device"):
+        assert value("block_capacity", name) == 0
+        assert value("block_capacity", name, "other") > 0
+
+
+def test_a_step_is_counted_once_and_what_held_it_up_is_a_part_of_it(family, tmp_path):
+    """On the device also where `apply` is called for parts of a step."""
+    engine = OnDevice(family, tmp_path, "steps")
+    engine.runtime.begin()
+    rows = torch.zeros(1, dtype=torch.int32)
+    engine.runtime.apply(torch.zeros(1, engine.width), Batch(np.array([0]), rows, rows, rows))
+    assert value("blocking_seconds_total", "steps", None) == 0  # nobody is under control
+    engine.open(STEERED, output=[])
+    engine.step(torch.zeros(1, engine.width))
+    engine.runtime.apply(torch.zeros(1, engine.width), Batch(np.array([0]), rows, rows, rows))
+    assert value("steps_total", "steps", None) == 1
+    blocked = value("blocking_seconds_total", "steps", None)
+    assert 0 < blocked <= value("step_seconds_total", "steps", None)
