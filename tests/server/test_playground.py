@@ -587,4 +587,4 @@ class TestWithEngines:
         tab.ask("long " * 400)
         for fault in tab.page.locator(".side .error").all():
             expect(fault).to_contain_text("maximum context length")
-        assert tab.refused == [400, 400]
+        assert {*tab.refused} == {400}
