@@ -110,7 +110,7 @@ def answered(gateway):
 
     def answered(count: int) -> list[str]:
         def found() -> list[str]:
-            return re.findall(r" model=a control=(\S+) status=200 ", gateway.log[before:])
+            return re.findall(r" model=a control=([^-\s]\S*) status=200 ", gateway.log[before:])
 
         gateway.wait_for(lambda: len(found()) >= count, seconds=5)
         return found()[:count]
