@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving import START_SECONDS, STOP_SECONDS, free_port
+from serving import STOP_SECONDS, free_port, wait_until_answers
 
 PLUGIN = ("--logits-processors", "trimtab_processors.vllm_v1:ControlProcessor")
 HOT = (
@@ -79,7 +78,7 @@ def engine(
         )
         try:
             url = f"http://127.0.0.1:{port}"
-            _wait_until_healthy(url, process, directory / "engine.log")
+            wait_until_answers(f"{url}/health", process, directory / "engine.log")
             yield Engine(url)
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -89,13 +88,3 @@ def engine(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(STOP_SECONDS)
-
-
-def _wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            urllib.request.urlopen(f"{url}/health", timeout=5).read()
-            return
-        time.sleep(0.5)
-    raise RuntimeError(f"the server did not start:\n{log.read_text()[-4000:]}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -15,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from serving import free_port
+from serving import free_port, wait_until_answers
 
 START_SECONDS = 30
 STOP_SECONDS = 30
@@ -63,19 +62,8 @@ def prometheus(directory: Path, config: dict) -> Iterator[Prometheus]:
     with (directory / "prometheus.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        _wait_until_ready(f"http://{address}", process, directory / "prometheus.log")
+        wait_until_answers(f"http://{address}/-/ready", process, directory / "prometheus.log", START_SECONDS)
         yield Prometheus(f"http://{address}")
     finally:
         process.terminate()
         process.wait(STOP_SECONDS)
-
-
-def _wait_until_ready(url: str, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            urllib.request.urlopen(f"{url}/-/ready", timeout=5).read()
-            return
-        time.sleep(0.1)
-    process.kill()
-    raise RuntimeError(f"Prometheus did not start:\n{log.read_text()[-4000:]}")

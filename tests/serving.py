@@ -44,24 +44,29 @@ def gateway(directory: Path, config: dict) -> Iterator[str]:
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait_until_ready(url, process, directory)
+        wait_until_answers(f"{url}/ready", process, directory / "gateway.log")
         yield url
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(STOP_SECONDS)
 
 
-def _wait_until_ready(url: str, process: subprocess.Popen, directory: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
+def wait_until_answers(
+    url: str, process: subprocess.Popen, log: Path, seconds: float = START_SECONDS
+) -> None:
+    """Ask until there is an answer that is no error; a process that ends or is too slow is killed.
+
+    Raises:
+        RuntimeError: with the end of its log.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            urllib.request.urlopen(f"{url}/ready", timeout=5).read()
+            urllib.request.urlopen(url, timeout=5).read()
             return
-        time.sleep(0.5)
+        time.sleep(0.3)
     process.kill()
-    raise RuntimeError(f"the gateway did not get ready:\n{(directory / 'gateway.log').read_text()[-4000:]}")
+    raise RuntimeError(f"{url} did not answer:\n{log.read_text()[-4000:]}")
 
 
 def get_json(url: str) -> dict:
