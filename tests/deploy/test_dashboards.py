@@ -265,6 +265,8 @@ def watched(family, tmp_path_factory) -> Iterator[Watched]:
                 use(client)
                 restarted = f"trimtab_gateway_worker_restarts_total == {restarts}"
                 wait_for(server, f"{restarted} and trimtab_gateway_worker_up == 1")
+        wait_for(server, 'ALERTS{alertname="TrimtabWorkerRestarting", alertstate="firing"}')
+        time.sleep(1)  # as far as a range's steps are apart
         end = time.time()
         with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
             exposition = response.read().decode()

@@ -146,7 +146,8 @@ def test_metrics_are_those_of_the_worker_that_runs_after_the_one_that_was_killed
     """Its counters begin anew, its gauges hold nothing of the dead, and each sample stands there once."""
     labels = {"model_name": "a", "control": "control"}
     assert sample(url, "trimtab_controlled_tokens_total", **labels) > 0
-    with ask(client, "control", stream=True, max_tokens=200) as stream:
+    # of many answers few run at once: it takes many seconds
+    with ask(client, "control", stream=True, n=32, temperature=1, max_tokens=200) as stream:
         next(iter(stream))
         os.kill(worker_processes(directory)[-1], signal.SIGKILL)
         with pytest.raises(openai.APIError):
