@@ -20,8 +20,13 @@ from serving import ENGINE, engine_environment, gateway, get_json
 
 pytestmark = pytest.mark.engine
 
-# An engine that is much faster than vLLM's front end leaves that no time to see a client go.
-FEW_AT_ONCE = ENGINE | {"max-num-seqs": 2}
+# 32 answers of 200 tokens, two at once, a step 10 ms or more: half a minute for what a test does meanwhile
+LONG = {"n": 32, "max_tokens": 200, "temperature": 1, "stream": True}
+WORKER = {
+    "args": ENGINE | {"max-num-seqs": 2},
+    "processors": ["trimtab_processors.vllm_v1:ControlProcessor", "slow_engine:Slow"],
+    "env": engine_environment(0) | {"PYTHONPATH": str(Path(__file__).parents[1])},
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,7 @@ def url(family, directory):
         "control_roots": ["packs"],
         "admin_keys_file": "admin-keys",
         "tables": str(directory / "tables"),
-        "models": {"a": {"model": str(family.a), "args": FEW_AT_ONCE, "env": engine_environment(0)}},
+        "models": {"a": {"model": str(family.a), **WORKER}},
     }
     with gateway(directory, config) as url:
         yield url
@@ -124,16 +129,15 @@ def test_a_control_is_loaded_into_the_engine_and_unloaded(client, url, directory
 
 
 def test_a_client_that_goes_away_ends_the_generation_in_the_engine(client, url):
-    answers, tokens = 32, 200  # of which few run at once: it takes many seconds
     before = sample(url, "vllm:generation_tokens_total", model_name="a")
-    with ask(client, "control", stream=True, n=answers, temperature=1, max_tokens=tokens) as stream:
+    with ask(client, "control", **LONG) as stream:
         next(iter(stream))
     deadline = time.monotonic() + 60
     while sample(url, "vllm:num_requests_running", model_name="a"):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     generated = sample(url, "vllm:generation_tokens_total", model_name="a") - before
-    assert 0 < generated < answers * tokens
+    assert 0 < generated < LONG["n"] * LONG["max_tokens"]
 
 
 def test_all_processes_of_a_worker_descend_from_its_launcher(directory):
@@ -146,8 +150,7 @@ def test_metrics_are_those_of_the_worker_that_runs_after_the_one_that_was_killed
     """Its counters begin anew, its gauges hold nothing of the dead, and each sample stands there once."""
     labels = {"model_name": "a", "control": "control"}
     assert sample(url, "trimtab_controlled_tokens_total", **labels) > 0
-    # of many answers few run at once: it takes many seconds
-    with ask(client, "control", stream=True, n=32, temperature=1, max_tokens=200) as stream:
+    with ask(client, "control", **LONG) as stream:
         next(iter(stream))
         os.kill(worker_processes(directory)[-1], signal.SIGKILL)
         with pytest.raises(openai.APIError):
