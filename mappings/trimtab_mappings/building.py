@@ -10,6 +10,7 @@ import numpy as np
 
 from trimtab_mappings.strategies import DEFAULT, STRATEGIES
 from trimtab_mappings.table import MappingTable, TableError
+from trimtab_mappings.trie import build_trie
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -47,6 +48,11 @@ def build_table(target: Vocabulary, control: ByteEncoder, strategy: str = DEFAUL
         segments[token] if token in segments else [control_id] * (control_id >= 0)
         for token, control_id in zip(target.tokens, mapping, strict=True)
     ]
+    spellings = {
+        token_id: pieces[token_id]
+        for token_id, token in enumerate(target.tokens)
+        if _has_path(token, mapping[token_id], pieces[token_id], own)
+    }
     return MappingTable(
         mapping=np.array(mapping, dtype=np.int32),
         exact=np.array(exact, dtype=np.bool_),
@@ -56,6 +62,7 @@ def build_table(target: Vocabulary, control: ByteEncoder, strategy: str = DEFAUL
         target_bytes=np.frombuffer(b"".join(target.tokens), dtype=np.uint8),
         control_offsets=_offsets(own.tokens),
         control_bytes=np.frombuffer(b"".join(own.tokens), dtype=np.uint8),
+        trie=build_trie(spellings),
         strategy=strategy,
         target_name=target.name,
         control_name=own.name,
@@ -86,6 +93,17 @@ def cached_table(
     except OSError as error:
         _log.warning("the mapping table can't be kept, it will be built at every start: %s", error)
     return table
+
+
+def _has_path(token: bytes, mapped: int, segment: Sequence[int], control: Vocabulary) -> bool:
+    """Whether a target token's shift can be found by going along its segment: not where it is special, or unmapped,
+    or stands for the beginning of a control token, or begins with a bare space, which says nothing of a word.
+    """
+    if mapped < 0 or not token or not segment or not control.special.isdisjoint(segment):
+        return False
+    begins_something = len(control.tokens[mapped]) > len(token)
+    first = control.tokens[segment[0]]
+    return not begins_something and (len(segment) == 1 or first != b" " or not token.strip(b" "))
 
 
 def _byte_tokens(target: Vocabulary, control: Vocabulary) -> Iterator[tuple[int, int]]:

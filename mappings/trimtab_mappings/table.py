@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from trimtab_mappings.trie import Trie, trie_fault
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from trimtab_mappings.vocabulary import Vocabulary
 
 FORMAT = "trimtab-mapping"
-VERSION = 2
+VERSION = 3
 _TENSORS = {
     "mapping": np.int32,
     "exact": np.bool_,
@@ -33,6 +35,7 @@ _TENSORS = {
     "target_bytes": np.uint8,
     "control_offsets": np.int32,
     "control_bytes": np.uint8,
+    **{f"trie_{column}": np.int32 for column in Trie._fields},
 }
 _RAGGED = {
     "segment_offsets": "segment_ids",
@@ -95,6 +98,8 @@ class MappingTable:
     """[V_control + 1]: where each control token starts in `control_bytes`, and where the last ends."""
     control_bytes: NDArray[np.uint8]
     """[sum of lengths]: the control's tokens; special tokens and unused ids are empty."""
+    trie: Trie
+    """Where the segments of the target's tokens part."""
     strategy: str
     """How tokens that the control does not have were mapped: a key of `STRATEGIES`."""
     target_name: str
@@ -150,7 +155,8 @@ class MappingTable:
         from safetensors.numpy import save  # noqa: PLC0415 - only where it is used
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {key: getattr(self, key) for key in _TENSORS}
+        trie = {f"trie_{column}": values for column, values in self.trie._asdict().items()}
+        tensors = trie | {key: getattr(self, key) for key in _TENSORS if key not in trie}
         texts = {key: getattr(self, key) for key in _TEXTS}
         texts |= {key: _encoded_names(getattr(self, key)) for key in _NAMES}
         checksum = _checksum(tensors, texts)
@@ -187,7 +193,8 @@ class MappingTable:
         texts = {key: metadata[key] for key in (*_TEXTS, *_NAMES)}
         if fault := _fault(tensors) or _difference(_checksum(tensors, texts), metadata["sha256"]):
             raise _refusal(path, fault, texts)
-        fields: dict[str, Any] = {**tensors, **texts}
+        trie = Trie(*(tensors.pop(f"trie_{column}") for column in Trie._fields))
+        fields: dict[str, Any] = {**tensors, **texts, "trie": trie}
         for key, rows in zip(_NAMES, ("target_offsets", "control_offsets"), strict=True):
             fields[key] = _special_names(texts[key], len(tensors[rows]) - 1)
             if fields[key] is None:
@@ -297,4 +304,5 @@ def _fault(tensors: dict[str, NDArray[Any]]) -> str | None:
         ids = tensors[key]
         if len(ids) and not lowest <= ids.min() <= ids.max() < control_size:
             return f"{key} has ids from {ids.min()} to {ids.max()}, expected {lowest} to {control_size - 1}"
-    return None
+    trie = Trie(*(tensors[f"trie_{column}"] for column in Trie._fields))
+    return trie_fault(trie, np.diff(tensors["segment_offsets"]))
