@@ -35,8 +35,8 @@ from scores import encoder_of
 from trimtab_mappings import ByteEncoder, Vocabulary, build_table, load_encoder, load_vocabulary
 from trimtab_mappings.texts import read_texts
 from trimtab_processors.alignment import Aligner, Alignment
+from trimtab_processors.routing import PmMined
 from trimtab_processors.segments import Segments
-from trimtab_processors.shift import PmMined
 from trimtab_training.architectures import llama
 from trimtab_training.cli import make_visibly
 from trimtab_training.data import pad

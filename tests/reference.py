@@ -189,13 +189,18 @@ class Reference:
         kept = int(context[:1] == [self.control.tokenizer.bos_token_id])
         return context[:kept] + context[kept + dropped :]
 
-    def shift(self, context: list[int]) -> torch.Tensor:
-        context = self.cut(context)
-        row = sum(weight * model.logits(context) for model, weight in self.parts)
+    def row(self, context: list[int]) -> torch.Tensor:
+        return sum(weight * model.logits(context) for model, weight in self.parts)
+
+    def routed(self, row: torch.Tensor, mapping: list[int]) -> torch.Tensor:
         routed = torch.full((self.target.network.config.vocab_size,), -1)
-        routed[: len(self.mapping)] = torch.tensor(self.mapping)
+        routed[: len(mapping)] = torch.tensor(mapping)
         neutral = row[routed[routed >= 0]].mean()
         return torch.where(routed >= 0, row[routed], neutral)
+
+    def shift(self, context: list[int], strength: float, logits: torch.Tensor) -> torch.Tensor:
+        """What is added to the target's `logits`."""
+        return strength * self.routed(self.row(self.cut(context)), self.mapping)
 
     def logits(
         self, prompt: list[int], own_prompt: list[int], strength: float, forced: list[int], top_k: int = 0
@@ -205,7 +210,7 @@ class Reference:
         for position, context in enumerate(islice(self.contexts(forced), len(forced))):
             logits = self.target.logits(prompt + forced[:position])
             if strength:
-                shift = strength * self.shift(own_prompt + context)
+                shift = self.shift(own_prompt + context, strength, logits)
                 if top_k:
                     likely = logits >= logits.sort(descending=True).values[top_k - 1]
                     shift = torch.where(likely, shift, 0.0)
@@ -219,6 +224,86 @@ class Reference:
         for logits in self.logits(prompt, own_prompt, strength, forced):
             best = logits.topk(2)
             yield Step(int(best.indices[0]), float(best.values[0] - best.values[1]))
+
+
+Spelling = tuple[int, ...]
+
+
+class PathReference(Reference):
+    """The same with the routing `path`: `beam` nodes expanded in each of `depth` rounds.
+
+    p'(t) = p(t) * exp(sum over the nodes on the way to t of (s * shift of the next piece - log Z)), where a
+    node's Z is over the target's own distribution of next pieces there, and that of the root is a constant.
+    """
+
+    def __init__(
+        self, target: Model, control: Model, *, beam: int = 1, depth: int = 1, window: int = 10**9, **options
+    ):
+        super().__init__(target, control, **options)
+        self.beam, self.depth = beam, depth
+        limit = min(16, min(window, control.network.config.max_position_embeddings) // 4)
+        self.nodes = {node for node in self.passing if len(node) <= limit and self.decides(node)}
+        self.window = window - max(map(len, self.nodes), default=0)
+
+    @cached_property
+    def spellings(self) -> dict[int, Spelling]:
+        """Of each target token that has one, the pieces in which the control would write it."""
+        found = {}
+        for token, (data, near) in enumerate(zip(self.target.bytes, self.mapping, strict=True)):
+            if data and near >= 0 and len(self.control.bytes[near]) <= len(data):
+                pieces = (near,) if self.control.bytes[near] == data else tuple(self.tokenize(data))
+                texts = [self.control.bytes[piece] for piece in pieces]
+                if None not in texts and not (texts[0] == b" " and data.strip(b" ")):
+                    found[token] = pieces
+        return found
+
+    @cached_property
+    def passing(self) -> dict[Spelling, list[int]]:
+        """The target tokens whose spelling begins with some pieces."""
+        found: dict[Spelling, list[int]] = {}
+        for token, pieces in self.spellings.items():
+            for length in range(1, len(pieces) + 1):
+                found.setdefault(pieces[:length], []).append(token)
+        return found
+
+    def next_piece(self, token: int, node: Spelling) -> int | None:
+        """None where the token ends at the node."""
+        return next(iter(self.spellings[token][len(node) :]), None)
+
+    def decides(self, node: Spelling) -> bool:
+        """Whether those that pass it do not all go on in one way."""
+        return len({self.next_piece(token, node) for token in self.passing[node]}) > 1
+
+    def above(self, node: Spelling) -> Spelling:
+        """The nearest node on the way to it; empty for the root."""
+        return next((node[:n] for n in range(len(node) - 1, 0, -1) if node[:n] in self.nodes), ())
+
+    def shift(self, context: list[int], strength: float, logits: torch.Tensor) -> torch.Tensor:
+        context = self.cut(context)
+        row = self.row(context)
+        firsts = [self.spellings.get(token, [near])[0] for token, near in enumerate(self.mapping)]
+        shift = strength * self.routed(row, firsts)
+        reached = {node: float(row[node[0]]) for node in self.nodes if not self.above(node)}
+        for _ in range(self.depth):
+            for node in sorted(reached, key=lambda node: -reached[node])[: self.beam]:
+                sum_, row = reached.pop(node), self.row([*context, *node])
+                shift = shift + self.decision(node, strength * row, logits)
+                below = [other for other in self.nodes if self.above(other) == node]
+                reached |= {other: sum_ + float(row[other[len(node)]]) for other in below}
+        return shift
+
+    def decision(self, node: Spelling, scaled: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """What an expanded node adds to the shift of the tokens that pass it."""
+        tokens = self.passing[node]
+        nexts = [self.next_piece(token, node) for token in tokens]
+        others = [piece for piece in range(len(self.control.bytes)) if piece not in nexts]
+        ending = scaled[others].double().exp().mean().log()
+        values = torch.stack([ending if piece is None else scaled[piece].double() for piece in nexts])
+        shares = logits.double().softmax(dim=0)[tokens]
+        z = (shares * values.exp()).sum() / shares.sum() if shares.any() else torch.tensor(1.0)
+        added = torch.zeros_like(logits)
+        added[tokens] = (values - z.log()).float()
+        return added
 
 
 def unfinished(data: bytes) -> bytes:

@@ -1,6 +1,6 @@
 """A logits processor that makes a tiny model's steps as long as a larger one's.
 
-An engine of a thousand steps a second is done before its front end has seen that a client went, or that a test killed it.
+An engine of a thousand steps a second is done before its front end sees a client go, or a test kills it.
 """
 
 from __future__ import annotations

@@ -96,8 +96,9 @@ def cached_table(
 
 
 def _has_path(token: bytes, mapped: int, segment: Sequence[int], control: Vocabulary) -> bool:
-    """Whether a target token's shift can be found by going along its segment: not where it is special, or unmapped,
-    or stands for the beginning of a control token, or begins with a bare space, which says nothing of a word.
+    """Whether a target token's shift can be found by going along its segment: not where it is special, or
+    unmapped, or stands for the beginning of a control token, or begins with a bare space, which says nothing
+    of a word.
     """
     if mapped < 0 or not token or not segment or not control.special.isdisjoint(segment):
         return False

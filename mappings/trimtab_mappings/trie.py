@@ -1,7 +1,7 @@
 """The trie of a target's tokens, each spelled in control tokens, as flat arrays.
 
-Its nodes are what path routing expands: partial spellings at which several target tokens part. Where all that pass go
-the same way, or end, nothing is decided, and there is no node.
+Its nodes are what path routing expands: partial spellings at which several target tokens part. Where all that
+pass go the same way, or end, nothing is decided, and there is no node.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def trie_fault(trie: Trie, lengths: NDArray[np.int64]) -> str | None:
         None where nothing is: every index that routing follows stays within its array.
     """
     tokens, nodes = trie.tokens, len(trie.starts)
-    if len(tokens) and not (0 <= tokens.min() and tokens.max() < len(lengths) and lengths[tokens].all()):
+    if len(tokens) and not (tokens.min() >= 0 and tokens.max() < len(lengths) and lengths[tokens].all()):
         return "trie_tokens names tokens without a spelling"
     if any(len(column) != nodes for column in trie[1:]):
         return "the columns of the trie's nodes are of different lengths"

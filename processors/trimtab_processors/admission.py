@@ -9,7 +9,8 @@ from vllm.exceptions import VLLMValidationError
 from trimtab_mappings import load_vocabulary
 from trimtab_processors import metrics
 from trimtab_processors.control import Target
-from trimtab_processors.parameters import ParametersError, parse_xargs
+from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED
+from trimtab_processors.parameters import Parameters, ParametersError, parse_xargs
 from trimtab_processors.settings import known_controls, validate
 
 if TYPE_CHECKING:
@@ -18,8 +19,12 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-def validate_params(sampling_params: SamplingParams) -> None:
+def validate_params(sampling_params: SamplingParams, *, only_pm_mined: bool = False) -> None:
     """Refuse a request in the front end, before an engine sees it.
+
+    Args:
+        sampling_params: what the request says.
+        only_pm_mined: whether the engine has no other routing.
 
     Raises:
         VLLMValidationError: which vLLM answers with 400.
@@ -29,8 +34,15 @@ def validate_params(sampling_params: SamplingParams) -> None:
         for parameters in parse_xargs(sampling_params.extra_args):
             if controls is not None:
                 validate(parameters, controls)
+            if only_pm_mined:
+                _require_pm_mined(parameters)
     except ParametersError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+
+
+def _require_pm_mined(parameters: Parameters) -> None:
+    if parameters.routing not in (None, PM_MINED):
+        raise ParametersError(f"trimtab_routing: {parameters.routing!r}: {ONLY_PM_MINED}")
 
 
 def served_target(vllm_config: VllmConfig, device: torch.device) -> Target:

@@ -11,14 +11,19 @@ from torch import Tensor
 from trimtab_mappings import Vocabulary, cached_table, load_encoder, load_vocabulary
 from trimtab_processors.alignment import Aligner
 from trimtab_processors.model import CachedSequence, ControlModel
-from trimtab_processors.pack import PackError, load_pack
-from trimtab_processors.shift import PmMined, Routing
+from trimtab_processors.pack import DEFAULT_ROUTING, PM_MINED, PackError, beam_of, load_pack
+from trimtab_processors.path_routing import PathRouting, Spellings
+from trimtab_processors.routing import PmMined, Routing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from trimtab_processors.parameters import Parameters
+
+
+MOST_LOOKAHEAD = 16
+"""The most control tokens with which a routing goes on from a context; at most a quarter of the window."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,18 @@ class Control:
     """
 
     def __init__(
-        self, name: str, location: str, target: Target, *, tables: Path, cache_bytes: int, neutral: bool
+        self,
+        name: str,
+        location: str,
+        target: Target,
+        *,
+        tables: Path,
+        cache_bytes: int,
+        neutral: bool,
+        routing: str | None,
     ) -> None:
-        """Load the pack at `location` and its mapping table, which is built where `tables` has none.
+        """Load the pack at `location` and its mapping table, which is built where `tables` has none; see
+        `Runtime` for the rest.
 
         Raises:
             PackError, VocabularyError: the pack can't be used; the message names it and the reason.
@@ -75,15 +89,26 @@ class Control:
             for component in pack.components
         ]
         table = cached_table(target.vocabulary, encoder, tables)
-        if (highest := int(table.mapping.max(initial=-1))) >= self.vocab_size:
+        used = (table.mapping, table.segment_ids)
+        if (highest := max(int(ids.max(initial=-1)) for ids in used)) >= self.vocab_size:
             raise PackError(
                 f"control {name!r}: its tokenizer has token {highest}, but its model only {self.vocab_size}"
                 " logits; drop the added tokens from the tokenizer, or resize the model's embeddings"
             )
         self.table = table
         self.aligner = Aligner(target.vocabulary, encoder, table)
-        self.routing: Routing = PmMined(table.mapping, target.width, neutral=neutral, device=target.device)
         self.max_context = min(part.model.max_context for part in self.parts)
+        self.pm_mined = PmMined(table.mapping, target.width, neutral=neutral, device=target.device)
+        self.default_routing = routing or pack.routing or DEFAULT_ROUTING
+        """The name of the one that a request gets which does not say."""
+        self._routings: dict[str, Routing] = {PM_MINED: self.pm_mined}
+        self._spellings = Spellings(
+            table,
+            target.width,
+            longest=min(MOST_LOOKAHEAD, self.max_context // 4),
+            neutral=neutral,
+            device=target.device,
+        )
         self._beginning = [*vocabulary.roles.get("bos", ()), *vocabulary.roles.get("eos", ())]
 
     def describe(self) -> dict[str, Any]:
@@ -93,12 +118,20 @@ class Control:
             "object": "control",
             "root": self.location,
             "strength": self.strength,
+            "routing": self.default_routing,
             "mapping": {"strategy": self.table.strategy, **self.table.coverage._asdict()},
         }
 
     def strength_of(self, parameters: Parameters) -> float:
         """The factor on the shift that a request gets: its own, or the pack's."""
         return self.strength if parameters.strength is None else parameters.strength
+
+    def routing_of(self, parameters: Parameters) -> Routing:
+        """How the shift that a request gets reaches the target's tokens."""
+        name = parameters.routing or self.default_routing
+        if name not in self._routings:
+            self._routings[name] = PathRouting(self._spellings, *beam_of(name))
+        return self._routings[name]
 
     def prompt(self, target_prompt: Sequence[int], own: Sequence[int] | None) -> list[int]:
         """The control's prompt: `own` where a client has rendered it, else the text of the target's prompt.

@@ -28,7 +28,7 @@ from trimtab_processors.cache import BLOCK_SIZE, BlockPool, blocks_for
 from trimtab_processors.control import Control, Target
 from trimtab_processors.divergence import Sample, kl_divergence
 from trimtab_processors.model import ControlModel
-from trimtab_processors.pack import PackError
+from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED, PackError
 from trimtab_processors.parameters import SEVERAL
 from trimtab_processors.segments import LAG, Contexts, History, Join, Late, Segments, upload
 from trimtab_processors.settings import DEFAULT_CACHE_BYTES, DEFAULT_KL_EVERY
@@ -404,7 +404,7 @@ class DeviceControl:
         Returns:
             float32 [n, width].
         """
-        shift = self.control.routing.shift(rows) * self._strengths[places, None]
+        shift = self.control.pm_mined.shift(rows) * self._strengths[places, None]
         finite = shift.isfinite().all(dim=1)
         if most := int(self._top_k[slots].max()):
             shift = of_likeliest(own[index], shift, self._top_ks[places], most)
@@ -470,6 +470,7 @@ class DeviceRuntime:
         tables: Path,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         neutral: bool = True,
+        routing: str | None = None,
         most_drafts: int = 0,
         kl_every: int = DEFAULT_KL_EVERY,
     ) -> None:
@@ -482,11 +483,19 @@ class DeviceRuntime:
             tables: the directory of mapping tables.
             cache_bytes: the size of each control's pool of keys and values, in bytes.
             neutral: how unmapped tokens are shifted, see `PmMined`.
+            routing: what the engine is set up with; it knows `pm-mined` alone.
             most_drafts: the draft tokens that a request may have in a step.
             kl_every: on one step of so many it is measured how far control moves the target; 0: on none.
         """
         self._target, self._history, self._most_drafts = target, history, most_drafts
-        self._make = partial(Control, target=target, tables=tables, cache_bytes=cache_bytes, neutral=neutral)
+        self._make = partial(
+            Control,
+            target=target,
+            tables=tables,
+            cache_bytes=cache_bytes,
+            neutral=neutral,
+            routing=routing,
+        )
         self._controls: dict[str, DeviceControl] = {}
         for name, location in controls.items():
             self.install(self.load(name, location))
@@ -508,6 +517,8 @@ class DeviceRuntime:
             PackError, VocabularyError: the pack can't be used; the message names it and the reason.
         """
         control = self._make(name, location)
+        if control.default_routing != PM_MINED:
+            raise PackError(f"control {name!r}: routing {control.default_routing!r}: {ONLY_PM_MINED}")
         return DeviceControl(control, self._target, self._history, most_drafts=self._most_drafts)
 
     def install(self, control: DeviceControl) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from trimtab_processors.alignment import common_prefix
 from trimtab_processors.attention import NAME, Group, KeyValues, Step, slots_of
 from trimtab_processors.cache import BLOCK_SIZE, BlockPool, blocks_for
 from trimtab_processors.pack import PackError
@@ -32,20 +33,39 @@ class CachedSequence:
     """float32 [vocabulary]: the logits after the last token, where `needs_row` is false."""
     _computed: int | None = None
     """The length of the context that `row` belongs to."""
+    _said: int = field(init=False)
+    """The length of the context without `_path`."""
+    _path: Sequence[int] = ()
+    """Tokens at its end that nobody has said yet, see `go_on`."""
+
+    def __post_init__(self) -> None:
+        self._said = len(self.tokens)
 
     def change(self, tokens: list[int], kept: int) -> int:
         """Make `tokens` the context, of which the first `kept` are as they were.
 
         Returns:
-            How many computed tokens are lost.
+            How many computed tokens are lost, without those that were not said.
         """
+        lost = max(0, min(self.cached, self._said) - kept)
+        if self._path and kept == self._said:
+            kept += common_prefix(tokens[kept:], self._path)
+        self.tokens, self._said, self._path = tokens, len(tokens), ()
         if kept == len(tokens) == self._computed:
             return 0
-        lost = max(0, self.cached - kept)
         # The last token is computed even where it is cached: its row is wanted.
         self.cached = min(self.cached, kept, max(len(tokens) - 1, 0))
-        self.tokens, self._computed = tokens, None
+        self._computed = None
         return lost
+
+    def go_on(self, path: Sequence[int]) -> None:
+        """Put `path` behind the context, in place of one that is there, to see what would come next.
+
+        Where the context then does go on so, `change` keeps what was computed.
+        """
+        said = self._said
+        self.change([*self.tokens[:said], *path], said)
+        self._said, self._path = said, path
 
     def complete(self, row: Tensor) -> None:
         """Take `row`, float32 [vocabulary], as the logits after the last token."""

@@ -18,6 +18,12 @@ RESERVED_NAMES = frozenset({"on", "off"})
 """What a request says of control in general, where it could also name one."""
 
 
+def beam_of(routing: str) -> tuple[int, int]:
+    """The nodes that a path routing expands at once, and its rounds."""
+    beam, _, depth = routing.removeprefix("path").removeprefix("-").partition("x")
+    return int(beam or 1), int(depth or 1)
+
+
 def _not_reserved(name: str) -> str:
     if name in RESERVED_NAMES:
         raise ValueError(f"{name!r} is no name for a control: it has a meaning of its own")
@@ -25,6 +31,11 @@ def _not_reserved(name: str) -> str:
 
 
 ControlName = Annotated[str, Field(pattern=NAME_PATTERN), AfterValidator(_not_reserved)]
+PM_MINED = "pm-mined"
+DEFAULT_ROUTING = PM_MINED
+ONLY_PM_MINED = f"vLLM's V2 model runner has only {PM_MINED!r}: say so, or take its V1 model runner"
+RoutingName = Annotated[str, Field(pattern=r"^(pm-mined|path(-[1-4]x[1-4])?)$")]
+"""How shifts reach the target's tokens; `path-2x3` expands 2 nodes in each of 3 rounds, `path` 1 in 1."""
 Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)]
 
 
@@ -48,6 +59,8 @@ class Pack(BaseModel):
 
     name: ControlName = "control"
     strength: Strength = 1.0
+    routing: RoutingName | None = None
+    """None: the model's, or the default."""
     description: str = ""
     training: dict[str, Any] = Field(default_factory=dict)
     chat_template: str | None = None

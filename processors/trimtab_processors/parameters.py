@@ -6,11 +6,11 @@ vLLM's front end loads this module for every server, so it imports neither torch
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
 
-from trimtab_processors.pack import ControlName, Strength
+from trimtab_processors.pack import ControlName, RoutingName, Strength
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,6 +22,7 @@ MAX_CONTROLS = 8
 MAX_TOP_K = 1024
 _NO_PROMPT = -1
 _NO_TOP_K = 0
+_NO_ROUTING = ""
 TopK = Annotated[StrictInt, Field(ge=1, le=MAX_TOP_K)]
 
 
@@ -45,6 +46,8 @@ class Parameters(BaseModel):
 
     It keeps a control from lifting nonsense through a mapping that is only near (as UniTE and ULD do).
     """
+    routing: RoutingName | None = None
+    """How the shift reaches the target's tokens; None: as the engine is set up."""
 
 
 def _listed(value: Any) -> Any:
@@ -69,11 +72,13 @@ class _Xargs(BaseModel):
     """The tokens of each; -1 for none. Needed where there are several controls."""
     top_k: Annotated[tuple[_TopKs, ...], BeforeValidator(_listed), _AtMost] | None = None
     """0: all tokens are shifted."""
+    routing: Annotated[tuple[RoutingName | Literal[""], ...], BeforeValidator(_listed), _AtMost] | None = None
+    """Empty: as the engine is set up."""
 
 
 def parse_xargs(extra_args: Mapping[str, Any] | None) -> tuple[Parameters, ...]:
-    """Read `trimtab_control`, `trimtab_strength`, `trimtab_prompt` and `trimtab_top_k`; keys of others are
-    left alone.
+    """Read `trimtab_control`, `trimtab_strength`, `trimtab_prompt`, `trimtab_top_k` and `trimtab_routing`;
+    keys of others are left alone.
 
     Of several controls each of them is a list, and the prompts stand one after the other, with
     `trimtab_prompt_lengths` to tell them apart.
@@ -111,6 +116,7 @@ def to_xargs(parameters: Sequence[Parameters]) -> dict[str, Any]:
             "control": [each.control for each in parameters],
             **({"strength": strengths} if strengths else {}),
             "top_k": [each.top_k or _NO_TOP_K for each in parameters],
+            "routing": [each.routing or _NO_ROUTING for each in parameters],
             "prompt": [token for each in parameters for token in each.prompt or ()],
             "prompt_lengths": [
                 _NO_PROMPT if each.prompt is None else len(each.prompt) for each in parameters
@@ -125,11 +131,13 @@ def _parted(xargs: _Xargs) -> tuple[Parameters, ...]:
         raise ParametersError(f"{PREFIX}control: a control stands twice in {list(xargs.control)}")
     strengths = _for_each("strength", xargs.strength, count) or (None,) * count
     top_ks = _for_each("top_k", xargs.top_k, count) or (_NO_TOP_K,) * count
+    routings = _for_each("routing", xargs.routing, count) or (_NO_ROUTING,) * count
+    columns = zip(xargs.control, strengths, _prompts(xargs, count), top_ks, routings, strict=True)
     return tuple(
-        Parameters(control=control, strength=strength, prompt=prompt, top_k=top_k or None)
-        for control, strength, prompt, top_k in zip(
-            xargs.control, strengths, _prompts(xargs, count), top_ks, strict=True
+        Parameters(
+            control=control, strength=strength, prompt=prompt, top_k=top_k or None, routing=routing or None
         )
+        for control, strength, prompt, top_k, routing in columns
     )
 
 

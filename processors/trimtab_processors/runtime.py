@@ -20,13 +20,14 @@ from trimtab_processors.divergence import Sample, kl_divergence
 from trimtab_processors.model import CachedSequence
 from trimtab_processors.parameters import SEVERAL
 from trimtab_processors.settings import DEFAULT_CACHE_BYTES, DEFAULT_KL_EVERY
-from trimtab_processors.shift import add_shift, guarded, scaled
+from trimtab_processors.shift import add_shift, guarded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from trimtab_processors.parameters import Parameters
+    from trimtab_processors.routing import Routing, Shift
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Request:
         model_name: str,
     ) -> None:
         self.control = control
+        self.routing = control.routing_of(parameters)
         self.strength = control.strength_of(parameters)
         self.top_k = parameters.top_k or 0
         self.sequences = [CachedSequence() for _ in control.parts]
@@ -88,7 +90,7 @@ class Request:
 
     def _window(self, tokens: list[int], kept: int) -> tuple[list[int], int]:
         """Cut the context to the control's window; `kept` comes back in the coordinates of what is left."""
-        dropped = dropped_tokens(len(tokens), self.control.max_context)
+        dropped = dropped_tokens(len(tokens), self.control.max_context - self.routing.lookahead)
         if not dropped and not self._dropped:
             return tokens, kept
         head = int(self.control.keeps_first(tokens))
@@ -98,9 +100,19 @@ class Request:
         return tokens[:head] + tokens[head + dropped :], max(kept - dropped, min(kept, head))
 
     @property
-    def row(self) -> Tensor | None:
-        """float32 [control vocabulary]; None where the control has no context at all."""
-        return self.control.row(self.sequences) if self.sequences[0].tokens else None
+    def has_context(self) -> bool:
+        """Whether there is anything for the control to go on from."""
+        return bool(self.sequences[0].tokens)
+
+    @property
+    def row(self) -> Tensor:
+        """float32 [control vocabulary], of a request that has a context."""
+        return self.control.row(self.sequences)
+
+    def go_on(self, path: Sequence[int]) -> None:
+        """Let `row` be what the control would say after `path`; the next `advance` takes it back."""
+        for sequence in self.sequences:
+            sequence.go_on(path)
 
     def counts(self) -> bool:
         """Whether this is the first row after these tokens: those of a half-read prompt are discarded."""
@@ -110,15 +122,12 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Shift:
-    """What a step adds to the logits of the requests under one control."""
+class Steering:
+    """What a step adds to the logits of the requests that have one control and one routing."""
 
     control: Control
     requests: Sequence[Request]
-    values: Tensor
-    """float32 [requests, width]: 0 in rows that are not finite."""
-    finite: Tensor
-    """bool [requests]."""
+    shift: Shift
 
 
 class Runtime:
@@ -132,6 +141,7 @@ class Runtime:
         tables: Path,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         neutral: bool = True,
+        routing: str | None = None,
         kl_every: int = DEFAULT_KL_EVERY,
     ) -> None:
         """Load every control of `controls`, name to pack, beside `target`.
@@ -142,14 +152,22 @@ class Runtime:
             tables: the directory of mapping tables.
             cache_bytes: the size of each control's pool of keys and values, in bytes.
             neutral: how unmapped tokens are shifted, see `PmMined`.
+            routing: the name of the one for requests that do not say; None: as each pack says.
             kl_every: on one step of so many it is measured how far control moves the target; 0: on none.
         """
         self._target = target
-        self._make = partial(Control, target=target, tables=tables, cache_bytes=cache_bytes, neutral=neutral)
+        self._make = partial(
+            Control,
+            target=target,
+            tables=tables,
+            cache_bytes=cache_bytes,
+            neutral=neutral,
+            routing=routing,
+        )
         self._controls: dict[str, Control] = {}
         for name, location in controls.items():
             self.install(self.load(name, location))
-        self._shifts: list[Shift] = []
+        self._steering: list[Steering] = []
         self._sample = Sample(kl_every)
 
     @property
@@ -174,7 +192,7 @@ class Runtime:
     def unload(self, name: str) -> None:
         """Let no further request name a control, between two steps; it goes with the last that has it."""
         self._controls.pop(name, None)
-        self._shifts = []  # the last step's, which would keep it
+        self._steering = []  # the last step's, which would keep it
         metrics.withdraw(self._target.name, name)
 
     def open(self, parameters: Parameters, prompt: Sequence[int], output: list[int]) -> Request | None:
@@ -209,30 +227,40 @@ class Runtime:
         by_control: defaultdict[Control, list[Request]] = defaultdict(list)
         for request in requests:
             by_control[request.control].append(request)
-        self._shifts = []
+        self._steering = []
         for control, members in by_control.items():
             started = time.perf_counter()
+            self._count_advances(control, [request.advance() for request in members])
             self._compute(control, members)
-            if shift := self._route(control, members):
-                self._shifts.append(shift)
+            self._route(control, [request for request in members if request.has_context])
             self._count_blocks(control)
             seconds = time.perf_counter() - started
             metrics.FORWARD_SECONDS.labels(self._target.name, control.name).inc(seconds)
 
     def _compute(self, control: Control, requests: Sequence[Request]) -> None:
-        self._count_advances(control, [request.advance() for request in requests])
-        for part, sequences in zip(
-            control.parts, zip(*(request.sequences for request in requests), strict=True), strict=True
-        ):
+        """Compute the rows that are missing, in one batch for each of the control's models."""
+        for place, part in enumerate(control.parts):
+            sequences = [request.sequences[place] for request in requests]
             part.model.run([sequence for sequence in sequences if sequence.needs_row])
 
-    def _route(self, control: Control, requests: Sequence[Request]) -> Shift | None:
-        with_row = [(request, row) for request in requests if (row := request.row) is not None]
-        if not with_row:
-            return None
-        steered, rows = zip(*with_row, strict=True)
-        strengths = torch.tensor([request.strength for request in steered], device=self._target.device)
-        return Shift(control, steered, *scaled(control.routing.shift(torch.stack(rows)), strengths))
+    def _route(self, control: Control, requests: Sequence[Request]) -> None:
+        by_routing: defaultdict[Routing, list[Request]] = defaultdict(list)
+        for request in requests:
+            by_routing[request.routing].append(request)
+        for routing, members in by_routing.items():
+            strengths = torch.tensor([request.strength for request in members], device=self._target.device)
+            shift = routing.route(_rows(members), strengths, partial(self._further, control, members))
+            self._steering.append(Steering(control, members, shift))
+
+    def _further(
+        self, control: Control, requests: Sequence[Request], asked: Sequence[tuple[int, Sequence[int]]]
+    ) -> Tensor:
+        """The rows that a routing asks for, see `Further`."""
+        for place, path in asked:
+            requests[place].go_on(path)
+        members = [requests[place] for place, _ in asked]
+        self._compute(control, members)
+        return _rows(members)
 
     def apply(self, logits: Tensor, requests: Mapping[int, Sequence[Request]]) -> None:
         """Shift `logits`, float [rows, width], in place.
@@ -243,11 +271,11 @@ class Runtime:
         """
         row_of = {request: row for row, of_row in requests.items() for request in of_row}
         added = []
-        for shift in self._shifts:
-            rows = [row_of[request] for request in shift.requests]
-            top_ks = [request.top_k for request in shift.requests]
-            added.append((rows, guarded(shift.values, logits, rows, top_ks)))
-            self._count_rows(shift)
+        for steering in self._steering:
+            rows = [row_of[request] for request in steering.requests]
+            top_ks = [request.top_k for request in steering.requests]
+            added.append((rows, guarded(steering.shift.over(logits, rows), logits, rows, top_ks)))
+            self._count_rows(steering)
         with self._measuring(logits, requests):
             for rows, values in added:  # not before every guard has seen the target's own logits
                 add_shift(logits, rows, values)
@@ -269,12 +297,11 @@ class Runtime:
         """Count a step with a controlled request, and for how much of it control held it up."""
         metrics.count_step(self._target.name, seconds=seconds, blocked=blocked)
 
-    def _count_rows(self, shift: Shift) -> None:
-        finite = [
-            ok for request, ok in zip(shift.requests, shift.finite.tolist(), strict=True) if request.counts()
-        ]
-        metrics.TOKENS.labels(self._target.name, shift.control.name).inc(sum(finite))
-        metrics.NON_FINITE.labels(self._target.name, shift.control.name).inc(len(finite) - sum(finite))
+    def _count_rows(self, steering: Steering) -> None:
+        of_requests = zip(steering.requests, steering.shift.finite.tolist(), strict=True)
+        finite = [ok for request, ok in of_requests if request.counts()]
+        metrics.TOKENS.labels(self._target.name, steering.control.name).inc(sum(finite))
+        metrics.NON_FINITE.labels(self._target.name, steering.control.name).inc(len(finite) - sum(finite))
 
     def _count_advances(self, control: Control, advances: Sequence[Advance]) -> None:
         counted = (metrics.ALIGNED, metrics.EXACT, metrics.REALIGNMENTS, metrics.ROLLED_BACK)
@@ -284,3 +311,8 @@ class Runtime:
     def _count_blocks(self, control: Control) -> None:
         used = sum(part.model.pool.used for part in control.parts)
         metrics.BLOCKS.labels(self._target.name, control.name).set(used)
+
+
+def _rows(requests: Sequence[Request]) -> Tensor:
+    """float32 [requests, control vocabulary]; each has one."""
+    return torch.stack([request.row for request in requests])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trimtab_processors.pack import ControlName, load_pack
+from trimtab_processors.pack import ControlName, RoutingName, load_pack
 from trimtab_processors.parameters import Parameters, ParametersError
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class PluginSettings(BaseModel):
     """Directories below which controls may be loaded while the engine runs; none: no control is loaded."""
     neutral: bool = True
     """Unmapped tokens get the mean shift; false: none, as in the reference implementation."""
+    routing: RoutingName | None = None
+    """How shifts reach the target's tokens, where a request does not say; None: as each pack says."""
     kl_every: Annotated[int, Field(ge=0)] = DEFAULT_KL_EVERY
     """On one controlled step of so many, how far control moves the target is measured; 0: on none."""
 

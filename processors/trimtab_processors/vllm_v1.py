@@ -64,6 +64,7 @@ class ControlProcessor(LogitsProcessor):
             tables=settings.tables.expanduser(),
             cache_bytes=settings.cache_bytes,
             neutral=settings.neutral,
+            routing=settings.routing,
             kl_every=settings.kl_every if counts else 0,
         )
         self._began = self._blocked = 0.0

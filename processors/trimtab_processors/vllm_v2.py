@@ -38,7 +38,7 @@ class ControlProcessor(LogitsProcessor):
         Raises:
             VLLMValidationError: which vLLM answers with 400.
         """
-        validate_params(sampling_params)
+        validate_params(sampling_params, only_pm_mined=True)
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
         """Load the configured controls.
@@ -61,6 +61,7 @@ class ControlProcessor(LogitsProcessor):
             tables=settings.tables.expanduser(),
             cache_bytes=settings.cache_bytes,
             neutral=settings.neutral,
+            routing=settings.routing,
             kl_every=settings.kl_every if counts else 0,
             most_drafts=speculation.num_speculative_tokens if speculation else 0,
         )

@@ -81,6 +81,13 @@ def test_a_context_that_is_not_finite_reaches_no_other(control):
         torch.testing.assert_close(sequence.row, plain_row(plain, sequence.tokens), atol=1e-4, rtol=1e-4)
 
 
+def compute(model, plain, sequences):
+    """Run what needs it; all rows are those of the plain model."""
+    model.run([sequence for sequence in sequences if sequence.needs_row])
+    for sequence in sequences:
+        torch.testing.assert_close(sequence.row, plain_row(plain, sequence.tokens), atol=2e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("cache_bytes", [1, 10_000_000], ids=["pool-of-one-context", "pool-with-room"])
 def test_every_row_of_a_changing_batch_is_that_of_the_plain_model(control, cache_bytes):
     """Sequences grow, are rolled back, join and leave; a full pool only costs time."""
@@ -94,13 +101,18 @@ def test_every_row_of_a_changing_batch_is_that_of_the_plain_model(control, cache
         if live and rng.random() < 0.2:
             model.release(live.pop(rng.randrange(len(live))))
         for sequence in live:
-            kept = rng.randint(max(0, len(sequence.tokens) - 3), len(sequence.tokens))
-            fresh = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 1, 1, 2, 40]))]
-            tokens = (sequence.tokens[:kept] + fresh)[: tiny.CONTEXT]
+            said = sequence.tokens[: sequence._said]
+            kept = rng.randint(max(0, len(said) - 3), len(said))
+            highest = rng.choice([3, VOCAB])  # low ones are often what was looked ahead at
+            fresh = [rng.randrange(highest) for _ in range(rng.choice([1, 1, 1, 2, 40]))]
+            tokens = (said[:kept] + fresh)[: tiny.CONTEXT]
             sequence.change(tokens, min(kept, len(tokens)))
-        model.run([s for s in live if s.needs_row])
-        for sequence in live:
-            torch.testing.assert_close(sequence.row, plain_row(plain, sequence.tokens), atol=2e-4, rtol=1e-4)
+        compute(model, plain, live)
+        looking = [s for s in live if len(s.tokens) + 3 <= tiny.CONTEXT and rng.random() < 0.5]
+        for _ in range(rng.choice([1, 2])):
+            for sequence in looking:
+                sequence.go_on([rng.randrange(3) for _ in range(rng.choice([1, 3]))])
+            compute(model, plain, looking)
     assert model.pool.used <= model.pool.blocks
     for sequence in live:
         model.release(sequence)
@@ -119,6 +131,24 @@ def test_a_context_that_only_gets_shorter_gets_the_row_of_its_new_end(control):
     assert sequence.new_tokens == 1
     model.run([sequence])
     torch.testing.assert_close(sequence.row, plain_row(plain, tokens), atol=2e-4, rtol=1e-4)
+
+
+def test_a_path_that_is_then_said_is_not_computed_again(control):
+    """As far as it is said; what is not said counts as nothing lost."""
+    directory, plain = control
+    model = ControlModel(directory, cache_bytes=10_000_000, device=CPU)
+    tokens, sequence = list(range(20)), CachedSequence()
+    for said, computed in (([], 20), ([5, 6], 0), ([5], 1), ([5, 7], 1), ([9], 1)):
+        lost = sequence.change([*tokens, *said], len(tokens) if sequence.tokens else 0)
+        tokens = [*tokens, *said]
+        assert (lost, sequence.new_tokens if sequence.needs_row else 0) == (0, computed)
+        compute(model, plain, [sequence])
+        for path in ([8], [5, 6]):
+            sequence.go_on(path)
+            assert sequence.new_tokens == len(path)
+            compute(model, plain, [sequence])
+    assert sequence.change(tokens[:-1], len(tokens) - 1) == 1
+    compute(model, plain, [sequence])
 
 
 def test_an_unchanged_context_needs_no_row():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
 
-from reference import Model, Reference
+from reference import Model, PathReference, Reference
 from tiny import CONTEXT, Family, sentences
 from trimtab_mappings import load_vocabulary
 from trimtab_processors import metrics
@@ -54,11 +55,20 @@ def make_runtime(family: Family, name: str, tables, **options) -> Runtime:
     return Runtime(target, {"control": str(family.control)}, tables=tables, **options)
 
 
+ROUTINGS = {
+    "pm-mined": Reference,
+    "path": PathReference,
+    "path-2x3": partial(PathReference, beam=2, depth=3),
+}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("name", ["a", "b", "c"])
-def test_requests_that_join_and_leave_get_the_tokens_of_the_reference(family, tmp_path, name):
+def test_requests_that_join_and_leave_get_the_tokens_of_the_reference(family, tmp_path, name, routing):
     """Every token of a changing batch is the one that the slow reference would choose."""
-    engine = Engine(family.targets[name], make_runtime(family, name, tmp_path, cache_bytes=1))
-    reference = Reference(engine.model, Model(family.control))
+    runtime = make_runtime(family, name, tmp_path, cache_bytes=1, routing=routing)
+    engine = Engine(family.targets[name], runtime)
+    reference = ROUTINGS[routing](engine.model, Model(family.control))
     prompts = [engine.model.tokenizer.encode(text) for text in sentences(6, seed=7)]
     strengths = [0.5, 1.0, 1.5, None, -1.0, 1.0]
     outputs = {}

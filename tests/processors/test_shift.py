@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trimtab_processors.shift import PmMined, add_shift, guarded, scaled
+from trimtab_processors.routing import PmMined
+from trimtab_processors.shift import add_shift, guarded, scaled
 
 MAPPING = np.array([2, 0, -1, 1], dtype=np.int32)
 ROW = torch.tensor([[1.0, 2.0, 6.0]])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel,
 
 from trimtab_mappings import ByteEncoder, build_table, load_tokenizer, read_vocabulary
 from trimtab_processors.alignment import Aligner, Alignment
-from trimtab_processors.shift import PmMined
+from trimtab_processors.routing import PmMined
 from trimtab_training.data import pad
 
 

@@ -1,0 +1,213 @@
+"""Path routing against the formula, written out in loops over the target's tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from math import log
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import hand_made
+import tiny
+from reference import Model, PathReference
+from trimtab_mappings import ByteEncoder, build_table, read_vocabulary
+from trimtab_mappings.trie import build_trie
+from trimtab_processors.path_routing import PathRouting, Spellings
+from trimtab_processors.routing import PmMined
+
+MAKERS = {"byte-level": tiny.byte_level, "metaspace": tiny.metaspace, "byte-fallback": tiny.byte_fallback}
+PADDING = 7
+"""Columns of a target's logits, and of a control's, that are no tokens."""
+
+
+class Random(Model):
+    """A model of random logits, the same ones for the same tokens."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.network = dataclasses.make_dataclass("Network", ["config"])(
+            tiny.llama(len(tokenizer) + PADDING, width=64)
+        )
+
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(hash(tuple(tokens)) % 2**31)
+        return 3 * torch.randn(self.network.config.vocab_size, generator=generator)
+
+
+@cache
+def reference_of(target: tuple[str, int, int], control: tuple[str, int, int]) -> PathReference:
+    models = (Random(MAKERS[kind](size, seed)) for kind, size, seed in (target, control))
+    return PathReference(*models)
+
+
+@cache
+def table_of(reference: PathReference):
+    vocabularies = (read_vocabulary(model.tokenizer) for model in (reference.target, reference.control))
+    target, control = vocabularies
+    return build_table(target, ByteEncoder(reference.control.tokenizer, control))
+
+
+def routed(reference, routing, contexts, strengths, logits):
+    """What `routing` makes of the reference's models, for the row of logits with the context's own number."""
+    rows = torch.stack([reference.control.logits(context) for context in contexts])
+
+    def further(asked):
+        assert len({place for place, _ in asked}) == len(asked) > 0
+        assert all(1 <= len(path) <= routing.lookahead for _, path in asked)
+        return torch.stack([reference.control.logits([*contexts[place], *path]) for place, path in asked])
+
+    shift = routing.route(rows, torch.tensor(strengths), further)
+    assert shift.finite.all()
+    return shift.over(logits, range(len(contexts)))
+
+
+def vocabularies(*kinds):
+    return st.tuples(st.sampled_from(kinds), st.sampled_from([330, 420, 600, 900]), st.sampled_from([0, 1]))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(target=vocabularies("byte-level", "metaspace"), control=vocabularies(*MAKERS), data=st.data())
+def test_the_shift_is_that_of_the_formula(target, control, data):
+    """Over vocabularies of every kind, whichever is finer; for masked tokens and negative strengths too."""
+    reference = reference_of(target, control)
+    beam, depth = data.draw(st.integers(1, 3), "beam"), data.draw(st.integers(1, 3), "depth")
+    contexts = data.draw(
+        st.lists(st.lists(st.integers(0, 99), min_size=1), min_size=1, max_size=4), "contexts"
+    )
+    strengths = [data.draw(st.sampled_from([1.0, 0.5, -1.0, 2.5])) for _ in contexts]
+    width = reference.target.network.config.vocab_size
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9), "seed"))
+    logits = 4 * torch.randn(len(contexts), width, generator=generator)
+    masked = torch.rand(logits.shape, generator=generator) < data.draw(
+        st.sampled_from([0, 0.3, 0.99]), "masked"
+    )
+    logits[masked] = -torch.inf
+    table = table_of(reference)
+    routing = PathRouting(Spellings(table, width, longest=16), beam, depth)
+    reference.beam, reference.depth = beam, depth
+    found = routed(reference, routing, contexts, strengths, logits)
+    for context, strength, row, shift in zip(contexts, strengths, logits, found, strict=True):
+        torch.testing.assert_close(shift, reference.shift(context, strength, row), atol=2e-4, rtol=1e-4)
+
+
+FINE, COARSE = ("byte-level", 330, 0), ("byte-level", 900, 0)
+
+
+def test_an_expanded_node_decides_between_its_tokens_alone():
+    """The tokens that share the first piece are together as likely as without; the node was expanded."""
+    reference = reference_of(COARSE, FINE)
+    table = table_of(reference)
+    width = reference.target.network.config.vocab_size
+    spellings = Spellings(table, width, longest=16)
+    logits, contexts = torch.randn(1, width), [[5, 6, 7]]
+    rows = torch.stack([reference.control.logits(context) for context in contexts])
+    without = (logits + 1.5 * spellings.first.shift(rows)).softmax(dim=1)[0]
+    found = (logits + routed(reference, PathRouting(spellings), contexts, [1.5], logits)).softmax(dim=1)[0]
+    firsts = torch.tensor([reference.spellings.get(token, [0])[0] for token in range(width)])
+    sums = [torch.zeros(len(rows[0])).index_add(0, firsts, shares) for shares in (without, found)]
+    torch.testing.assert_close(*sums)
+    assert (found - without).abs().max() > 1e-3
+
+
+def test_a_control_beside_its_own_template_is_routed_as_by_pm_mined():
+    """Nothing is spelled in pieces, so that nothing further is asked for."""
+    reference = reference_of(FINE, FINE)
+    table = table_of(reference)
+    width = reference.target.network.config.vocab_size
+    routing = PathRouting(Spellings(table, width, longest=16))
+    assert routing.lookahead == 0
+    rows, logits, strengths = torch.randn(2, width), torch.randn(2, width), torch.tensor([1.0, -0.5])
+    found = routing.route(rows, strengths, further=lambda asked: pytest.fail(f"asked for {asked}"))
+    expected = PmMined(table.mapping, width).route(rows, strengths, further=None)
+    assert torch.equal(found.over(logits, [0, 1]), expected.over(logits, [0, 1]))
+
+
+def test_the_worked_example_of_the_docs():
+    """docs/path_routing.md: `Sure`, which the control spells `S|ure`, among tokens that begin like it."""
+    target = hand_made.encoder(
+        [*"Sureta", "Su", "re", "Sure", "te", "tea"],
+        [("S", "u"), ("r", "e"), ("Su", "re"), ("t", "e"), ("te", "a")],
+    )
+    control = hand_made.encoder([*"Sureta", "ur", "ure"], [("u", "r"), ("ur", "e")])
+    table = build_table(target.vocabulary, control)
+    ids, own = target.vocabulary.ids, control.vocabulary.ids
+    shares = {b"S": 0.05, b"Su": 0.03, b"Sure": 0.02, b"tea": 0.9}
+    logits = torch.full((1, len(ids)), -torch.inf)
+    for token, share in shares.items():
+        logits[0, ids[token]] = log(share)
+    first, second = torch.zeros(1, len(own)), torch.zeros(1, len(own))
+    first[0, own[b"S"]] = log(8)
+    second[0, own[b"ure"]] = log(16)
+    asked = []
+
+    def further(of):
+        asked.extend(of)
+        return second
+
+    def shares_under(routing):
+        shift = routing.route(first, torch.ones(1), further).over(logits, [0])
+        found = (logits + shift).softmax(dim=1)[0]
+        return {token: round(float(found[ids[token]]), 3) for token in shares}
+
+    assert shares_under(PmMined(table.mapping, len(ids))) == {
+        b"S": 0.235,
+        b"Su": 0.141,
+        b"Sure": 0.094,
+        b"tea": 0.529,
+    }
+    path = PathRouting(Spellings(table, len(ids), longest=16))
+    assert shares_under(path) == {b"S": 0.059, b"Su": 0.035, b"Sure": 0.376, b"tea": 0.529}
+    assert asked == [(0, [own[b"S"]])]
+
+
+def test_a_shift_can_be_asked_for_twice():
+    """The second answer is the first."""
+    reference = reference_of(COARSE, FINE)
+    width = reference.target.network.config.vocab_size
+    routing = PathRouting(Spellings(table_of(reference), width, longest=16), 2, 2)
+    rows, logits = torch.randn(3, width), torch.randn(3, width)
+    shift = routing.route(rows, torch.ones(3), lambda asked: torch.randn(len(asked), width))
+    first = shift.over(logits, [0, 2, 1]).clone()
+    assert torch.equal(shift.over(logits, [0, 2, 1]), first)
+
+
+@pytest.mark.parametrize("broken", [0, 1], ids=["the row", "the further row"])
+def test_a_request_of_which_something_is_not_finite_is_left_alone(broken):
+    """And no other."""
+    reference = reference_of(COARSE, FINE)
+    width = reference.target.network.config.vocab_size
+    routing = PathRouting(Spellings(table_of(reference), width, longest=16))
+    rows, logits = torch.randn(2, width), torch.randn(2, width)
+    more = torch.randn(2, width)
+    (rows, more)[broken][1] = torch.nan
+    shift = routing.route(rows, torch.ones(2), lambda asked: more[[place for place, _ in asked]])
+    assert shift.finite.tolist() == [True, False]
+    values = shift.over(logits, [0, 1])
+    assert values[0].isfinite().all()
+    assert values[0].any()
+    assert not values[1].any()
+
+
+def test_nodes_whose_tokens_have_no_logits_are_not_expanded():
+    """A tokenizer may know more tokens than the model has logits."""
+    reference = reference_of(COARSE, FINE)
+    table = table_of(reference)
+    width = 600
+    routing = PathRouting(Spellings(table, width, longest=16), 4, 4)
+    rows = torch.randn(1, reference.control.network.config.vocab_size)
+    shift = routing.route(rows, torch.ones(1), lambda asked: rows.expand(len(asked), -1))
+    assert shift.over(torch.randn(1, width), [0]).shape == (1, width)
+
+
+def test_a_spelling_that_is_longer_than_the_limit_is_not_followed():
+    """So that there is room for it in every window."""
+    table = table_of(reference_of(COARSE, FINE))
+    assert int(table.trie.depths.max()) > 2
+    assert Spellings(table, 907, longest=2).longest == 2
+    assert Spellings(table, 907, longest=0).longest == 0
+    assert PathRouting(Spellings(table, 907, longest=0)).lookahead == 0
+    assert build_trie({}).tokens.tolist() == []
