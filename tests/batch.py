@@ -47,6 +47,7 @@ class Job:
     own: list[int] | None = None
     """The control's prompt; None: the text of the target's."""
     top_k: int | None = None
+    routing: str | None = None
 
     @property
     def params(self) -> SamplingParams:
@@ -55,6 +56,7 @@ class Job:
             "trimtab_strength": self.strength,
             "trimtab_prompt": self.own,
             "trimtab_top_k": self.top_k,
+            "trimtab_routing": self.routing,
         }
         return SamplingParams(extra_args=xargs if self.strength is not None else None)
 

@@ -203,12 +203,23 @@ class Reference:
         return strength * self.routed(self.row(self.cut(context)), self.mapping)
 
     def logits(
-        self, prompt: list[int], own_prompt: list[int], strength: float, forced: list[int], top_k: int = 0
+        self,
+        prompt: list[int],
+        own_prompt: list[int],
+        strength: float,
+        forced: list[int],
+        *,
+        top_k: int = 0,
+        allowed: list[int] | None = None,
     ) -> Iterator[torch.Tensor]:
         """The controlled logits before each token of `forced`, of which only the `top_k` likeliest are
-        shifted, where it says so."""
+        shifted, where it says so; only the tokens `allowed` have any, where it says so."""
         for position, context in enumerate(islice(self.contexts(forced), len(forced))):
             logits = self.target.logits(prompt + forced[:position])
+            if allowed is not None:
+                only = torch.full_like(logits, -torch.inf)
+                only[allowed] = logits[allowed]
+                logits = only
             if strength:
                 shift = self.shift(own_prompt + context, strength, logits)
                 if top_k:

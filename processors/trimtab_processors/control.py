@@ -118,8 +118,11 @@ class Control:
             "object": "control",
             "root": self.location,
             "strength": self.strength,
-            "routing": self.default_routing,
-            "mapping": {"strategy": self.table.strategy, **self.table.coverage._asdict()},
+            "mapping": {
+                "strategy": self.table.strategy,
+                "routing": self.default_routing,
+                **self.table.coverage._asdict(),
+            },
         }
 
     def strength_of(self, parameters: Parameters) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,14 +15,14 @@ MANIFEST = "trimtab.json"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_STRENGTH = 10.0
 
+PM_MINED = "pm-mined"
+DEFAULT_ROUTING = PM_MINED
+ONLY_PM_MINED = f"vLLM's V2 model runner has only {PM_MINED!r}: say so, or take its V1 model runner"
+ROUTING_PATTERN = r"^(pm-mined|path(-[1-4]x[1-4])?)$"
+"""`path-2x3` expands 2 nodes in each of 3 rounds; `path`, 1 in 1."""
+
 RESERVED_NAMES = frozenset({"on", "off"})
 """What a request says of control in general, where it could also name one."""
-
-
-def beam_of(routing: str) -> tuple[int, int]:
-    """The nodes that a path routing expands at once, and its rounds."""
-    beam, _, depth = routing.removeprefix("path").removeprefix("-").partition("x")
-    return int(beam or 1), int(depth or 1)
 
 
 def _not_reserved(name: str) -> str:
@@ -30,13 +31,25 @@ def _not_reserved(name: str) -> str:
     return name
 
 
+def known_routing(name: str) -> str:
+    """`name`, where it is that of a routing; else a ValueError says which there are."""
+    if not re.fullmatch(ROUTING_PATTERN, name):
+        raise ValueError(f"no routing {name[:80]!r}, there is: pm-mined, path, and path-1x1 to path-4x4")
+    return name
+
+
+def beam_of(routing: str) -> tuple[int, int]:
+    """The nodes that a path routing expands at once, and its rounds."""
+    beam, _, depth = routing.removeprefix("path").removeprefix("-").partition("x")
+    return int(beam or 1), int(depth or 1)
+
+
 ControlName = Annotated[str, Field(pattern=NAME_PATTERN), AfterValidator(_not_reserved)]
-PM_MINED = "pm-mined"
-DEFAULT_ROUTING = PM_MINED
-ONLY_PM_MINED = f"vLLM's V2 model runner has only {PM_MINED!r}: say so, or take its V1 model runner"
-RoutingName = Annotated[str, Field(pattern=r"^(pm-mined|path(-[1-4]x[1-4])?)$")]
-"""How shifts reach the target's tokens; `path-2x3` expands 2 nodes in each of 3 rounds, `path` 1 in 1."""
 Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)]
+RoutingName = Annotated[
+    str, AfterValidator(known_routing), Field(json_schema_extra={"pattern": ROUTING_PATTERN})
+]
+"""How shifts reach the target's tokens."""
 
 
 class PackError(ValueError):

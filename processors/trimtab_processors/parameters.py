@@ -6,11 +6,11 @@ vLLM's front end loads this module for every server, so it imports neither torch
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
 
-from trimtab_processors.pack import ControlName, RoutingName, Strength
+from trimtab_processors.pack import ControlName, RoutingName, Strength, known_routing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -56,6 +56,7 @@ def _listed(value: Any) -> Any:
 
 _AtMost = Field(min_length=1, max_length=MAX_CONTROLS)
 _Lengths = Annotated[StrictInt, Field(ge=_NO_PROMPT)]
+_Routings = Annotated[str, AfterValidator(lambda name: name and known_routing(name))]
 _TopKs = Annotated[StrictInt, Field(ge=_NO_TOP_K, le=MAX_TOP_K)]
 
 
@@ -72,7 +73,7 @@ class _Xargs(BaseModel):
     """The tokens of each; -1 for none. Needed where there are several controls."""
     top_k: Annotated[tuple[_TopKs, ...], BeforeValidator(_listed), _AtMost] | None = None
     """0: all tokens are shifted."""
-    routing: Annotated[tuple[RoutingName | Literal[""], ...], BeforeValidator(_listed), _AtMost] | None = None
+    routing: Annotated[tuple[_Routings, ...], BeforeValidator(_listed), _AtMost] | None = None
     """Empty: as the engine is set up."""
 
 
@@ -112,11 +113,12 @@ def to_xargs(parameters: Sequence[Parameters]) -> dict[str, Any]:
         given = parameters[0].model_dump(mode="json", exclude_none=True)
     else:
         strengths = [each.strength for each in parameters if each.strength is not None]
+        routings = [each.routing or _NO_ROUTING for each in parameters]
         given = {
             "control": [each.control for each in parameters],
             **({"strength": strengths} if strengths else {}),
             "top_k": [each.top_k or _NO_TOP_K for each in parameters],
-            "routing": [each.routing or _NO_ROUTING for each in parameters],
+            **({"routing": routings} if any(routings) else {}),
             "prompt": [token for each in parameters for token in each.prompt or ()],
             "prompt_lengths": [
                 _NO_PROMPT if each.prompt is None else len(each.prompt) for each in parameters

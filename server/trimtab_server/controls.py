@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trimtab_mappings import VocabularyError
-from trimtab_processors.pack import Pack, PackError, load_pack
+from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED, Pack, PackError, load_pack
 from trimtab_processors.parameters import PREFIX, Parameters, to_xargs
 from trimtab_server.errors import BadRequestError, PromptTooLongError
 from trimtab_server.prompts import Prompter, load_prompter
@@ -62,16 +62,25 @@ class Choice:
     strength: float
     top_k: int | None = None
     """Only so many of the target's likeliest tokens are shifted; None: all of them."""
+    routing: str | None = None
+    """How the shift reaches the target's tokens; None: as the worker is set up."""
 
     def __str__(self) -> str:
-        guard = "" if self.top_k is None else f";top_k={self.top_k}"
-        return f"{self.control.name}={self.strength!r}{guard}"
+        options = {"top_k": self.top_k, "routing": self.routing}
+        said = (f";{key}={value}" for key, value in options.items() if value is not None)
+        return f"{self.control.name}={self.strength!r}{''.join(said)}"
 
     def parameters(self, chat: Mapping[str, Any] | None) -> Parameters:
         """What the plugin is told; see `xargs_of`."""
         prompter = self.control.prompter
         prompt = None if chat is None or prompter is None else tuple(prompter.encode(chat))
-        return Parameters(control=self.control.name, strength=self.strength, prompt=prompt, top_k=self.top_k)
+        return Parameters(
+            control=self.control.name,
+            strength=self.strength,
+            prompt=prompt,
+            top_k=self.top_k,
+            routing=self.routing,
+        )
 
 
 Choices = Sequence[Choice]
@@ -199,7 +208,7 @@ class Catalogue:
                 code="control_not_found",
             )
         strength = control.pack.strength if selection.strength is None else selection.strength
-        return Choice(control, strength, selection.top_k)
+        return Choice(control, strength, selection.top_k, selection.routing)
 
     def _default(self, model: str) -> Sequence[Selection]:
         default = self._defaults[model]
@@ -225,10 +234,13 @@ def load_controls(settings: Settings) -> dict[str, Control]:
         SettingsError: a pack or its tokenizer can't be read; the message names the control.
     """
     offers = {model: settings.controls_of(model) for model in settings.models}
-    return {
+    controls = {
         name: _configured(name, place, tuple(model for model, of in offers.items() if name in of))
         for name, place in settings.controls.items()
     }
+    for control in controls.values():
+        _require_its_routing(control, settings)
+    return controls
 
 
 def load_control(name: str, place: str, models: Sequence[str]) -> Control:
@@ -264,6 +276,18 @@ def refuse_beam_search(body: Mapping[str, Any]) -> None:
         raise BadRequestError(
             "beam search can't be controlled: send `control: false` with it", param=BEAM_SEARCH
         )
+
+
+def _require_its_routing(control: Control, settings: Settings) -> None:
+    if control.pack.routing in (None, PM_MINED):
+        return
+    for name in control.models:
+        model = settings.models[name]
+        if model.runner == "v2" and model.plugin.routing is None:
+            raise SettingsError(
+                f"controls.{control.name}: its pack's routing is {control.pack.routing!r}, but models.{name}"
+                f" has runner v2: {ONLY_PM_MINED} (`plugin: {{routing: {PM_MINED}}}`, `runner: v1`)"
+            )
 
 
 def _configured(name: str, place: str, models: tuple[str, ...]) -> Control:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trimtab_processors.pack import MAX_STRENGTH, ControlName
+from trimtab_processors.pack import MAX_STRENGTH, ROUTING_PATTERN, ControlName
 from trimtab_processors.parameters import MAX_TOP_K
 from trimtab_server.selection import HEADER
 
@@ -71,6 +71,7 @@ _CONTROL_OBJECT: dict[str, Any] = {
         "name": {"type": "string"},
         "strength": {"type": ["number", "null"], "minimum": -MAX_STRENGTH, "maximum": MAX_STRENGTH},
         "top_k": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_TOP_K},
+        "routing": {"type": ["string", "null"], "pattern": ROUTING_PATTERN},
     },
 }
 _CONTROL: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """What a request says of control: in its body, in a header, or in the model's name.
 
-`alpaca=0.7,forget;top_k=50` is what headers and aliases may say, and what answers say of what was applied.
+`alpaca=0.7,forget;top_k=50;routing=path` is what headers and aliases may say, and what answers say of what
+was applied.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trimtab_processors.pack import Strength
+from trimtab_processors.pack import RoutingName, Strength
 from trimtab_processors.parameters import MAX_CONTROLS, TopK
 from trimtab_server.errors import BadRequestError
 
@@ -20,9 +21,13 @@ HEADER = "x-trimtab-control"
 ALIAS = ":"
 """Stands between a model's name and its controls."""
 OFF, ON = "off", "on"
-_TERM = re.compile(r"(?P<name>[^=;,\s]+)(=(?P<strength>[^=;,\s]+))?(;top_k=(?P<top_k>[^=;,\s]+))?")
-_GRAMMAR = "a name, and if you like =strength and ;top_k=n; several with commas"
-_FORMS = "true, false, a name, an object with name, strength and top_k, or a list of names and objects"
+_TERM = re.compile(
+    r"(?P<name>[^=;,\s]+)(=(?P<strength>[^=;,\s]+))?(?P<options>(;(top_k|routing)=[^=;,\s]+)*)"
+)
+_GRAMMAR = "a name, and if you like =strength, ;top_k=n and ;routing=name; several with commas"
+_FORMS = (
+    "true, false, a name, an object with name, strength, top_k and routing, or a list of names and objects"
+)
 
 
 class Selection(BaseModel):
@@ -35,6 +40,8 @@ class Selection(BaseModel):
     """None: its pack's own."""
     top_k: TopK | None = None
     """Only so many of the target's likeliest tokens are shifted; None: all of them."""
+    routing: RoutingName | None = None
+    """How the shift reaches the target's tokens; None: as the model or the pack says."""
 
 
 Wanted = bool | Sequence[Selection]
@@ -86,12 +93,16 @@ def _term(term: str, param: str) -> Selection:
     found = _TERM.fullmatch(term)
     if found is None:
         raise BadRequestError(f"{param}: {term[:80]!r} is not {_GRAMMAR}, or {OFF}, or {ON}", param=param)
+    options = [option.split("=") for option in found["options"].split(";")[1:]]
+    said: dict[str, Any] = dict(options)
+    if len(said) < len(options):
+        raise BadRequestError(f"{param}: an option stands twice in {term[:80]!r}", param=param)
     try:
         strength = None if found["strength"] is None else float(found["strength"])
-        top_k = None if found["top_k"] is None else int(found["top_k"])
+        said |= {"top_k": int(said["top_k"])} if "top_k" in said else {}
     except ValueError as error:
         raise BadRequestError(f"{param}: {error} in {term[:80]!r}", param=param) from error
-    return _validated({"name": found["name"], "strength": strength, "top_k": top_k}, param)
+    return _validated({"name": found["name"], "strength": strength, **said}, param)
 
 
 def _selection(value: Any, param: str) -> Selection:

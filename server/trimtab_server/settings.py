@@ -29,7 +29,7 @@ from pydantic.config import JsonDict
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from trimtab_processors.pack import ControlName
+from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED, ControlName
 from trimtab_processors.settings import DEFAULT_TABLES, PluginSettings
 from trimtab_server.configuration import Override, describe, overlay, parse_yaml, read_environment
 
@@ -328,6 +328,12 @@ class ModelSettings(_Section):
     def _is_somewhere(self) -> Self:
         if self.model is None and any(replica.url is None for replica in self.replicas):
             raise ValueError("`model` is needed, a directory or a hub id, unless every replica has a url")
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_routing(self) -> Self:
+        if self.runner == "v2" and self.plugin.routing not in (None, PM_MINED):
+            raise ValueError(f"plugin.routing {self.plugin.routing!r}: {ONLY_PM_MINED}")
         return self
 
 

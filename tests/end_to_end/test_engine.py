@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from openai import AsyncOpenAI, BadRequestError, OpenAI
 
 import tiny
 from engines import Engine, engine
-from reference import Model, Reference
+from reference import Model, PathReference, Reference
 from tiny import sentences
 from trimtab_processors.pack import Component, Pack
 from trimtab_processors.settings import DEFAULT_KL_EVERY
@@ -48,6 +49,7 @@ class World:
     target: Path
     controls: dict[str, Path]
     references: dict[str, Reference]
+    """By control; of a routing, by control and routing."""
 
     @property
     def model(self) -> Model:
@@ -78,7 +80,15 @@ def world(family, tmp_path_factory):
         "bytes": Reference(target, models["bytes"]),
         "pair": Reference(target, models["pair"], parts=[(models["pair"], 1.5), (models["anti"], -0.5)]),
     }
-    return World(family.b, {name: places[name] for name in references}, references)
+    paths = {"path": {}, "path-2x2": {"beam": 2, "depth": 2}}
+    by_path = {
+        f"{name} {routing}": PathReference(
+            target, reference.control, parts=reference.parts, window=reference.window, **options
+        )
+        for name, reference in references.items()
+        for routing, options in paths.items()
+    }
+    return World(family.b, {name: places[name] for name in references}, references | by_path)
 
 
 def plugin(world: World, directory: Path) -> dict[str, Any]:
@@ -115,6 +125,9 @@ class Ask:
     own: list[int] | None = None
     """The control's prompt."""
     top_k: int = 0
+    routing: str | None = None
+    allowed: list[int] | None = None
+    """Which tokens have logits when the control comes to see them; None: all."""
     tokens: int = 24
     body: dict[str, Any] = field(default_factory=dict)
     """Sampling parameters; greedy where it has no temperature."""
@@ -125,6 +138,7 @@ class Ask:
             xargs = {"trimtab_control": self.control, "trimtab_strength": self.strength}
             xargs |= {"trimtab_prompt": self.own} if self.own else {}
             xargs |= {"trimtab_top_k": self.top_k} if self.top_k else {}
+            xargs |= {"trimtab_routing": self.routing} if self.routing else {}
         extra = {"return_token_ids": True, "return_tokens_as_token_ids": True, "vllm_xargs": xargs}
         sampling = {"temperature": 0.0, **self.body}
         known = {"temperature", "n", "seed", "stop", "logit_bias", "presence_penalty", "frequency_penalty"}
@@ -177,8 +191,10 @@ def ask_for(world: World, control: str, prompt: list[int], **options: Any) -> As
 def expected_logits(world: World, ask: Ask, output: list[int]) -> list[torch.Tensor]:
     if ask.control is None:
         return [world.model.logits(ask.prompt + output[:position]) for position in range(len(output))]
-    reference = world.references[ask.control]
-    return list(reference.logits(ask.prompt, ask.own, ask.strength, output, ask.top_k))
+    reference = world.references[f"{ask.control} {ask.routing}" if ask.routing else ask.control]
+    return list(
+        reference.logits(ask.prompt, ask.own, ask.strength, output, top_k=ask.top_k, allowed=ask.allowed)
+    )
 
 
 def check(world: World, ask: Ask, choice: Any, adjust: Any = lambda logits, output: logits) -> int:
@@ -210,6 +226,7 @@ def test_requests_that_join_and_leave_are_preempted_and_share_a_step_with_other_
         control = (*CONTROLS, None)[number % 5]
         options = {"tokens": 20 + 3 * number, "body": {"ignore_eos": True}}
         strength = (1.0, -1.0, 0.5)[number % 3]
+        options["routing"] = (None, "path", "path-2x2")[number % 3]
         asks.append(
             ask_for(world, control, prompt, strength=strength, **options)
             if control
@@ -385,10 +402,12 @@ def _is_text(data: bytes | None) -> bool:
         return False
 
 
-def test_a_context_past_the_window_keeps_its_beginning_and_its_end(world, server):
+@pytest.mark.parametrize("routing", [None, "path"])
+def test_a_context_past_the_window_keeps_its_beginning_and_its_end(world, server, routing):
     """A control with a window of 64 steers an answer of 150 tokens, and says that it forgot."""
     before = server.metric("trimtab_context_truncations_total", control="chars")
-    ask = ask_for(world, "chars", prompts(world, 1, seed=13)[0], tokens=150, body={"ignore_eos": True})
+    options = {"tokens": 150, "routing": routing, "body": {"ignore_eos": True}}
+    ask = ask_for(world, "chars", prompts(world, 1, seed=13)[0], **options)
     check(world, ask, *complete(server, ask))
     assert server.metric("trimtab_context_truncations_total", control="chars") > before
 
@@ -456,6 +475,19 @@ def test_the_shifts_of_several_controls_are_summed(world, server):
         for position, logits in enumerate(expected_logits(world, steered, output)):
             added[position] += logits - plain[position]
     check(world, ask, choices[0], lambda logits, so_far: logits + added[len(so_far)])
+
+
+@pytest.mark.parametrize("routing", ["path", "path-2x2"])
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_grammars_mask_is_part_of_the_distribution_in_which_a_node_decides(world, server, control, routing):
+    """The tokens that it leaves are as likely together as the target finds them."""
+    letters = re.compile(rb"[a-z ]+")
+    allowed = [token for token, data in enumerate(world.model.bytes) if data and letters.fullmatch(data)]
+    allowed.append(world.model.tokenizer.eos_token_id)
+    body = {"structured_outputs": {"regex": "[a-z ]*"}, "ignore_eos": True}
+    prompt = prompts(world, 1, seed=20)[0]
+    ask = ask_for(world, control, prompt, routing=routing, allowed=allowed, tokens=16, body=body)
+    check(world, ask, *complete(server, ask))
 
 
 SCHEMA = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from batch import Batch, Job, configuration
-from reference import Model, Reference, unfinished
+from reference import Model, PathReference, Reference, unfinished
 from tiny import CONTEXT
 from trimtab_processors.model import CachedSequence
 from trimtab_processors.parameters import MAX_TOP_K, Parameters
@@ -21,6 +21,7 @@ from trimtab_processors.vllm_v1 import ControlProcessor
 
 STEPS = 12
 PLENTY = 2**21
+ROUTINGS = [None, "path", "path-2x2"]
 STRENGTHS = [None, 0.0, 0.5, 1.0, -1.5, 3.0]
 
 
@@ -43,14 +44,20 @@ class Steered:
         self.runtime = self.processor._runtime
         self.control = self.runtime._controls["control"]
         self.model = self.control.parts[0].model
-        self.reference = Reference(Model(family.targets[name]), Model(family.control))
+        models = Model(family.targets[name]), Model(family.control)
+        self.reference = Reference(*models, window=CONTEXT)
+        self.references = {
+            None: self.reference,
+            "path": PathReference(*models, window=CONTEXT),
+            "path-2x2": PathReference(*models, window=CONTEXT, beam=2, depth=2),
+        }
         self.width = self.reference.target.network.config.vocab_size
         self.bos = self.reference.control.tokenizer.bos_token_id
 
     def restart(self, cache_bytes):
         """As after loading, with a pool of another size."""
         self.processor._requests.clear()
-        self.runtime._shifts = []
+        self.runtime._steering = []
         self.model._owners.clear()
         self.model._make_pool(cache_bytes)
 
@@ -75,26 +82,20 @@ class Steered:
         ]
         return st.lists(st.one_of(kinds), max_size=most)
 
-    def context(self, job):
-        """The control's context of a job, from its beginning and cut to the window."""
-        *_, generated = self.reference.contexts(job.output)
-        tokens, dropped = self.control.prompt(job.prompt, job.own) + generated, 0
-        head = int(tokens[0] == self.bos)
-        while len(tokens) - dropped > CONTEXT:
-            dropped += CONTEXT // 2
-        return tokens[:head] + tokens[head + dropped :]
-
-    def shift(self, job):
+    def shift(self, job, logits):
+        """That of a job, from its whole context."""
         if not job.strength:
             return torch.zeros(self.width)
-        return job.strength * self.reference.shift(self.context(job))
+        *_, generated = self.reference.contexts(job.output)
+        context = self.control.prompt(job.prompt, job.own) + generated
+        return self.references[job.routing].shift(context, job.strength, logits)
 
     def check(self, rows, logits, shifted, broken=()):
         """Every row of `shifted` is `logits` and its job's shift, computed from nothing; without control, or
         where that is broken, it is the same to the bit.
         """
         for row, job in enumerate(rows):
-            shift = self.shift(job) * (row not in broken)
+            shift = self.shift(job, logits[row]) * (row not in broken)
             least = logits[row].sort(descending=True).values[min(job.top_k or self.width, self.width) - 1]
             expected = logits[row] + shift * (logits[row] >= least)
             tolerance = 1e-4 * float(shift.abs().max())
@@ -111,7 +112,7 @@ def steered(request, family, tmp_path_factory):
 
 
 @st.composite
-def jobs(draw, steered):
+def jobs(draw, steered, routings):
     """Requests with and without control, its own prompt and a guard; many soon outgrow the window."""
     rng = random.Random(draw(st.integers(0, 999)))
     long = draw(st.sampled_from([8, 64, CONTEXT - 2, CONTEXT - 2]))
@@ -122,6 +123,7 @@ def jobs(draw, steered):
         output=draw(steered.generated(3)),
         own=draw(st.sampled_from([None, own, own])),
         top_k=draw(st.sampled_from([None, None, 1, 20, MAX_TOP_K])),
+        routing=draw(st.sampled_from(routings)),
     )
 
 
@@ -129,7 +131,7 @@ def some(data, items, most=None):
     return data.draw(st.lists(st.sampled_from(items), unique=True, max_size=most)) if items else []
 
 
-def history(steered, data):
+def history(steered, data, routings=ROUTINGS):
     """The batch after each update of a run in which jobs join, leave, come back, swap rows and grow.
 
     Those that leave for a while are preempted ones, or paused between two turns; the last update empties it.
@@ -144,7 +146,7 @@ def history(steered, data):
         away += leaving
         resumed = some(data, away, 2)
         away = [job for job in away if job not in resumed]
-        batch.change(leaving, [*resumed, *data.draw(st.lists(jobs(steered), max_size=2))])
+        batch.change(leaving, [*resumed, *data.draw(st.lists(jobs(steered, routings), max_size=2))])
         if len(batch.rows) > 1 and data.draw(st.booleans()):
             batch.swap(*data.draw(st.permutations(range(len(batch.rows))))[:2])
         batch.update()
@@ -209,7 +211,7 @@ def test_a_row_whose_control_is_not_finite_is_left_alone_and_counted_once(steere
         complete(sequence, row)
 
     with patch.object(CachedSequence, "complete", complete_or_break):
-        for batch in history(steered, data):
+        for batch in history(steered, data, routings=[None]):
             logits = logits_of(steered, data, batch.rows)
             shifted = steered.processor.apply(logits.clone())
             requests = {row: request for row, (request,) in steered.processor._requests.items()}

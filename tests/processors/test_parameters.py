@@ -19,23 +19,25 @@ def test_a_request_that_says_nothing_to_trimtab_has_no_control():
 
 def test_parameters_come_back_from_what_the_gateway_writes():
     """Flat keys and plain types; what is absent is not written."""
-    full = Parameters(control="manners", strength=0.5, prompt=(1, 2))
+    full = Parameters(control="manners", strength=0.5, prompt=(1, 2), routing="path")
     assert to_xargs([full]) == {
         "trimtab_control": "manners",
         "trimtab_strength": 0.5,
         "trimtab_prompt": [1, 2],
+        "trimtab_routing": "path",
     }
     for parameters in (full, Parameters(control="manners"), Parameters(control="manners", prompt=())):
         assert parse_xargs({"other": 1} | to_xargs([parameters])) == (parameters,)
 
 
 @pytest.mark.parametrize("strengths", [(None, None, None), (0.5, -1.0, 2.0)])
-def test_several_controls_travel_as_lists(strengths):
+@pytest.mark.parametrize("routings", [(None, None, None), ("pm-mined", None, "path-4x1")])
+def test_several_controls_travel_as_lists(strengths, routings):
     """With a prompt of its own, an empty one, and none."""
     several = tuple(
-        Parameters(control=name, strength=strength, prompt=prompt, top_k=top_k)
-        for name, strength, prompt, top_k in zip(
-            ["a", "b", "c"], strengths, [(1, 2), None, ()], [None, 5, None], strict=True
+        Parameters(control=name, strength=strength, prompt=prompt, top_k=top_k, routing=routing)
+        for name, strength, prompt, top_k, routing in zip(
+            ["a", "b", "c"], strengths, [(1, 2), None, ()], [None, 5, None], routings, strict=True
         )
     )
     xargs = to_xargs(several)
@@ -51,6 +53,8 @@ def test_several_controls_travel_as_lists(strengths):
     [
         ({"trimtab_strength": 1.0}, "trimtab_strength: 1 values for 2 controls"),
         ({"trimtab_top_k": [1, 2, 3]}, "trimtab_top_k: 3 values for 2 controls"),
+        ({"trimtab_routing": ["path"]}, "trimtab_routing: 1 values for 2 controls"),
+        ({"trimtab_routing": ["path", "x"]}, "trimtab_routing.1: Value error, no routing 'x'"),
         ({"trimtab_prompt": [1]}, "trimtab_prompt_lengths: needed, since 2 controls share the prompt"),
         ({"trimtab_prompt": [1], "trimtab_prompt_lengths": [1, 1]}, "they add up to 2, not to 1"),
         ({"trimtab_prompt_lengths": [1, 1]}, "they add up to 2, not to 0"),
@@ -75,6 +79,8 @@ def test_lists_that_do_not_fit_together_are_refused(more, said):
         ({"trimtab_control": "x", "trimtab_strength": 10.5}, "trimtab_strength"),
         ({"trimtab_control": "x", "trimtab_strength": float("nan")}, "trimtab_strength"),
         ({"trimtab_control": "x", "trimtab_strength": "strong"}, "trimtab_strength"),
+        ({"trimtab_control": "x", "trimtab_routing": "path-1x5"}, "trimtab_routing"),
+        ({"trimtab_control": "x", "trimtab_routing": 1}, "trimtab_routing"),
         ({"trimtab_control": "x", "trimtab_prompt": [-1]}, "trimtab_prompt"),
         ({"trimtab_control": "x", "trimtab_prompt": [1.5]}, "trimtab_prompt"),
         ({"trimtab_control": "x", "trimtab_prompt": "text"}, "trimtab_prompt"),

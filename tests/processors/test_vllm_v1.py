@@ -14,7 +14,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from batch import Batch, Job, configuration
-from reference import Model, Reference
+from reference import Model, PathReference, Reference
 from tiny import sentences
 from trimtab_processors import metrics
 from trimtab_processors.settings import command_line_settings
@@ -37,10 +37,13 @@ def test_rows_follow_their_requests_through_every_change_of_the_batch(family, tm
     config = configuration(family, "b", tmp_path, control_cpus=control_cpus)
     processor = ControlProcessor(config, torch.device("cpu"), False)
     target = Model(family.b)
-    reference = Reference(target, Model(family.control))
+    control = Model(family.control)
+    references = {None: Reference(target, control), "path": PathReference(target, control)}
     rng, batch = random.Random(0), Batch(processor)
     prompts = [target.tokenizer.encode(text) for text in sentences(14, seed=3)]
-    waiting = [Job(p, rng.choice([None, 0.5, 1.0, 1.5]), []) for p in prompts]
+    waiting = [
+        Job(p, rng.choice([None, 0.5, 1.0, 1.5]), [], routing=rng.choice([None, "path"])) for p in prompts
+    ]
     jobs, preempted = list(waiting), []
     while waiting or preempted or batch.rows:
         done = [job for job in batch.rows if len(job.output) > 12]
@@ -53,8 +56,8 @@ def test_rows_follow_their_requests_through_every_change_of_the_batch(family, tm
         decode(batch, target)
     for job in jobs:
         text = processor._runtime._controls["control"].aligner.prompt_text(job.prompt)
-        own = reference.control.tokenizer.encode(text)
-        steps = list(reference.steps(job.prompt, own, job.strength or 0, job.output))
+        own = control.tokenizer.encode(text)
+        steps = list(references[job.routing].steps(job.prompt, own, job.strength or 0, job.output))
         assert job.output == [step.token for step in steps]
     assert processor._requests == {}
     assert all(p.model.pool.used == 0 for p in processor._runtime._controls["control"].parts)

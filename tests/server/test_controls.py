@@ -62,6 +62,12 @@ def test_a_guard_reaches_the_plugin_and_is_said(two_models):
     assert told(two_models, "steered").top_k == 50
 
 
+def test_a_routing_reaches_the_plugin_and_is_said(two_models):
+    response = two_models.chat(model="steered", control={"name": "one", "routing": "path-1x3"})
+    assert response.headers[HEADER] == "one=0.5;routing=path-1x3"
+    assert told(two_models, "steered").routing == "path-1x3"
+
+
 @pytest.mark.parametrize("wanted", [{}, {"control": "one"}])
 def test_beam_search_which_no_control_reaches_is_refused_under_one(two_models, wanted):
     body = {"model": "steered", "messages": [], "use_beam_search": True}
@@ -94,7 +100,16 @@ def test_true_means_the_only_control_where_there_is_no_default(start, pack):
         ({"name": None}, "control.name", "valid string"),
         ({"name": "two"}, "control", "no control 'two'"),
         ({"name": "one", "top_k": 0}, "control.top_k", "greater than or equal to 1, got 0"),
-        ({"name": "one", "topk": 5}, "control.topk", "unknown key; a control has: name, strength, top_k"),
+        (
+            {"name": "one", "topk": 5},
+            "control.topk",
+            "unknown key; a control has: name, strength, top_k, routing",
+        ),
+        (
+            {"name": "one", "routing": "straight"},
+            "control.routing",
+            "no routing 'straight', there is: pm-mined",
+        ),
         ({"name": "one", "strength": 10.01}, "control.strength", "less than or equal to 10"),
         ({"name": "one", "strength": -11}, "control.strength", "greater than or equal to -10"),
         ({"name": "one", "strength": "1"}, "control.strength", "valid number"),

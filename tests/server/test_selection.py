@@ -20,7 +20,10 @@ def applied(gateway, model, header=None, **body):
     told = parse_xargs(gateway.last(base).get("vllm_xargs"))
     said = response.headers[HEADER]
     assert said == ",".join(
-        f"{each.control}={each.strength}" + (f";top_k={each.top_k}" if each.top_k else "") for each in told
+        f"{each.control}={each.strength}"
+        + (f";top_k={each.top_k}" if each.top_k else "")
+        + (f";routing={each.routing}" if each.routing else "")
+        for each in told
     ) or (said, told) == ("off", ())
     assert gateway.last(base)["model"] == base
     return said
@@ -34,6 +37,8 @@ def applied(gateway, model, header=None, **body):
         ("one=-2", "one=-2.0"),
         ("one=1e-1", "one=0.1"),
         ("one;top_k=5", "one=0.5;top_k=5"),
+        ("one;routing=path", "one=0.5;routing=path"),
+        ("one=1;routing=path-2x3;top_k=5,two", "one=1.0;top_k=5;routing=path-2x3,two=0.5"),
         (" one = 1", None),
         ("one=0.7,two", "one=0.7,two=0.5"),
         ("one=0.7;top_k=9, two=-1", "one=0.7;top_k=9,two=-1.0"),
@@ -83,6 +88,10 @@ def test_the_body_goes_before_the_header_that_before_the_alias_and_that_before_t
         ("one=11", "less than or equal to 10"),
         ("one;top_k=0", "greater than or equal to 1"),
         ("one;top_k=x", "invalid literal"),
+        ("one;routing=best", "no routing 'best', there is: pm-mined, path, and path-1x1 to path-4x4"),
+        ("one;routing=path-9x9", "no routing 'path-9x9'"),
+        ("one;top_k=1;top_k=2", "an option stands twice"),
+        ("one;strength=2", "'one;strength=2' is not a name"),
         ("one,,two", "'' is not a name"),
         ("one,one", "stands twice"),
         ("one," * 50, "51 controls, more than 8"),

@@ -61,6 +61,15 @@ def test_there_is_one_way_to_choose_the_model_runner(refusal, model, said):
     assert refusal({"models": {"m": {"model": "org/name", **model}}}).startswith(said)
 
 
+def test_a_routing_that_the_v2_model_runner_lacks_is_refused_at_start(refusal, write_config):
+    models = {"m": {"model": "org/name", "runner": "v2", "plugin": {"routing": "path"}}}
+    assert refusal({"models": models}).startswith(
+        "models.m: plugin.routing 'path': vLLM's V2 model runner has"
+    )
+    models["m"]["plugin"]["routing"] = "pm-mined"
+    assert load_settings(write_config({"models": models})).models["m"].plugin.routing == "pm-mined"
+
+
 def test_the_v2_model_runner_decodes_speculatively(write_config):
     model = {"model": "org/name", "runner": "v2", "args": {"spec-method": "ngram"}}
     assert load_settings(write_config({"models": {"m": model}, "controls": {"c": "org/c"}}))
