@@ -250,7 +250,7 @@ class Segments:
         return own + [piece for token in output for piece in self.segment(token)]
 
     def shift(self, context: list[int]) -> torch.Tensor:
-        return self.reference.shift(context)
+        return self.reference.routed(self.reference.row(context), self.reference.mapping)
 
     def text(self, tokens: list[int]) -> bytes:
         """What control tokens spell."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from reference import Model, PathReference, Reference
 from tiny import CONTEXT, Family, sentences
 from trimtab_mappings import load_vocabulary
 from trimtab_processors import metrics
+from trimtab_processors.alignment import common_prefix
 from trimtab_processors.control import Target
 from trimtab_processors.parameters import Parameters
 from trimtab_processors.runtime import Request, Runtime
@@ -123,6 +125,37 @@ def test_a_context_past_the_window_keeps_its_beginning_and_its_end(family, tmp_p
         torch.testing.assert_close(request.row, plain.logits([bos, *whole[start:]]), atol=2e-4, rtol=1e-4)
         output.append(token)
     assert len(whole) > CONTEXT
+
+
+def test_what_was_looked_ahead_at_is_not_computed_again_when_it_is_said(family, tmp_path):
+    """Of words that begin as the control expected, only the other pieces are."""
+    runtime = make_runtime(family, "b", tmp_path, routing="path")
+    control = runtime._controls["control"]
+    model, table = control.parts[0].model, control.table
+    spellings = {token: table.segment(token).tolist() for token in table.trie.tokens.tolist()}
+    output, calls, context, kept = [], [], [], 0
+    request = runtime.open(Parameters(control="control", prompt=(5, 6, 7)), [5], output)
+    rng, run = random.Random(0), model.run
+
+    def counting(sequences):
+        calls.append(sum(sequence.new_tokens for sequence in sequences))
+        run(sequences)
+
+    with patch.object(model, "run", counting):
+        for _ in range(20):
+            ahead = request.sequences[0].tokens[len(context) :]
+            calls.clear()
+            runtime.step([request])
+            whole = [*request._alignment.tokens]
+            new = whole[len(context) :]
+            said = common_prefix(new, ahead)
+            if whole[: len(context)] == context:
+                assert calls[0] == (0 if new == ahead else max(len(new) - said, 1))
+                kept += said
+            context, path = whole, request.sequences[0].tokens[len(whole) :]
+            assert calls[1:] == [len(path)]
+            output.append(rng.choice([t for t, pieces in spellings.items() if pieces[: len(path)] == path]))
+    assert kept >= 10
 
 
 def rolled_back(name):

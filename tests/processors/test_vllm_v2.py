@@ -121,11 +121,16 @@ def test_the_start_says_in_one_line_what_runs(family, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("plugin", "said"), [({"contols": {}}, r"trimtab\.contols"), ({"control_cpus": [1]}, "V1 model runner")]
+    ("plugin", "said"),
+    [
+        ({"contols": {}}, r"trimtab\.contols"),
+        ({"control_cpus": [1]}, "V1 model runner"),
+        ({"routing": "path"}, "'control': routing 'path': vLLM's V2 model runner has only 'pm-mined'"),
+    ],
 )
 def test_a_wrong_configuration_is_refused_by_its_key(family, tmp_path, plugin, said):
     """At start, not at the first request."""
-    config = configuration(family.a, {}, tmp_path, **plugin)
+    config = configuration(family.a, {"control": family.control}, tmp_path, **plugin)
     with pytest.raises(ValueError, match=said):
         ControlProcessor(config, request_state(2, 600))
 
@@ -145,5 +150,8 @@ def test_the_front_end_refuses_what_is_wrong_and_lets_pass_what_is_right():
     """Where vLLM makes a 400 of it, and no engine has seen it."""
     with pytest.raises(VLLMValidationError, match="no control 'nobody' here, there is: control"):
         ControlProcessor.validate_params(SamplingParams(extra_args={"trimtab_control": "nobody"}))
-    ControlProcessor.validate_params(SamplingParams(extra_args={"trimtab_control": "control"}))
+    right = {"trimtab_control": "control", "trimtab_routing": "pm-mined"}
+    with pytest.raises(VLLMValidationError, match="trimtab_routing: 'path': vLLM's V2 model runner has only"):
+        ControlProcessor.validate_params(SamplingParams(extra_args=right | {"trimtab_routing": "path"}))
+    ControlProcessor.validate_params(SamplingParams(extra_args=right))
     ControlProcessor.validate_params(SamplingParams())

@@ -1,0 +1,118 @@
+"""The time of `apply` under each routing: it comes behind the target's logits, so that nothing hides it.
+
+Targets have so many of tekken's tokens and, past its 131,072, these with an ending; the control has those of
+Mistral v1. Rows are random, so that each request expands a node of the trie at random; `largest` expands for
+every request the one that most tokens pass. On one thread, or on a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import chain, islice
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from trimtab_mappings import ByteEncoder, MappingTable, Vocabulary, build_table, load_encoder, load_vocabulary
+from trimtab_processors.path_routing import PathRouting, Spellings
+from trimtab_processors.routing import PmMined, Routing
+from trimtab_processors.shift import add_shift
+from vocabularies import real
+
+LOOKAHEAD = 16
+
+
+def main(
+    width: Annotated[list[int], typer.Option(min=1, help="Columns of the logits; may be repeated.")] = [
+        *(32_000, 128_000, 200_000)
+    ],
+    batch: Annotated[list[int], typer.Option(min=1, help="Requests at once; may be repeated.")] = [
+        1,
+        32,
+        256,
+    ],
+    rounds: Annotated[int, typer.Option(min=1)] = 20,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Time `apply`."""
+    torch.set_num_threads(1)
+    table = Table("columns", "nodes", "batch", "pm-mined ms", "path ms", "largest ms", "path / pm-mined")
+    results = []
+    with tempfile.TemporaryDirectory() as directory:
+        target, control = load(Path(directory))
+    for columns in width:
+        spelled = build_table(grown(target, columns), control)
+        for requests in batch:
+            times = measure(spelled, columns, requests, rounds, torch.device(device))
+            nodes = len(spelled.trie.starts)
+            results.append({"width": columns, "nodes": nodes, "batch": requests, **times})
+            ratio = times["path_ms"] / times["pm_mined_ms"]
+            shown = (f"{each:.2f}" for each in (*times.values(), ratio))
+            table.add_row(f"{columns:,}", f"{nodes:,}", str(requests), *shown)
+    Console(width=100).print(table)
+    print(json.dumps({"benchmark": "apply", "device": device, "results": results}))
+
+
+def load(directory: Path) -> tuple[Vocabulary, ByteEncoder]:
+    """The tokens of tekken, and the tokenizer of Mistral v1."""
+    for name in ("tekken", "mistral-v1"):
+        real(name, directory).save_pretrained(directory / "saved" / name)
+    saved = directory / "saved"
+    return load_vocabulary(str(saved / "tekken")), load_encoder(str(saved / "mistral-v1"))
+
+
+def grown(vocabulary: Vocabulary, size: int) -> Vocabulary:
+    """The first `size` tokens, and where they are fewer, some of them with an ending."""
+    endings = (token + b"ish" for token in reversed(vocabulary.tokens))
+    return dataclasses.replace(vocabulary, tokens=tuple(islice(chain(vocabulary.tokens, endings), size)))
+
+
+def measure(
+    spelled: MappingTable, width: int, batch: int, rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Medians, in ms."""
+    control = len(spelled.control_offsets) - 1
+    rows, more = torch.randn(batch, control, device=device), torch.randn(batch, control, device=device)
+    spellings = Spellings(spelled, width, longest=LOOKAHEAD, device=device)
+    to_largest = rows.clone()
+    largest = int((spelled.trie.ends - spelled.trie.starts).argmax())
+    to_largest[:, spellings.entries[largest]] = rows.max() + 1
+    logits = torch.randn(batch, width, device=device)
+
+    def timed(routing: Routing, rows: Tensor) -> float:
+        shift = routing.route(rows, torch.ones(batch, device=device), lambda asked: more[: len(asked)])
+        places = [*range(batch)]
+        return median_ms(lambda: add_shift(logits, places, shift.over(logits, places)), rounds, device)
+
+    path = PathRouting(spellings)
+    pm_mined = PmMined(spelled.mapping, width, device=device)
+    return {
+        "pm_mined_ms": timed(pm_mined, rows),
+        "path_ms": timed(path, rows),
+        "largest_ms": timed(path, to_largest),
+    }
+
+
+def median_ms(work: Callable[[], object], rounds: int, device: torch.device) -> float:
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
+if __name__ == "__main__":
+    typer.run(main)
