@@ -455,6 +455,15 @@ class TestWithEngines:
             expect(tab.side(model).locator(".state")).to_contain_text("control: control=3.0 · 24 tokens")
             expect(tab.side(model, "without control").locator(".state")).to_contain_text("control: off")
 
+    def test_the_routing_may_be_chosen(self, tab, api):
+        tab.page.get_by_text("More", exact=True).click()
+        tab.field("Routing").select_option("path")
+        tab.page.get_by_text("More", exact=True).click()
+        tab.ask(models="a")
+        choice, _ = said(api, "a", steered(STRENGTH) | {"routing": "path"})
+        assert tab.text("a", "with control") == choice.message.content.lstrip()
+        expect(tab.side("a").locator(".state")).to_contain_text("control: control=3.0;routing=path")
+
     @pytest.mark.parametrize("temperature", [0, 1])
     @pytest.mark.parametrize("model", ["a", "c"])
     def test_a_tint_is_how_far_the_control_moved_the_log_probability(
