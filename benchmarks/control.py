@@ -35,16 +35,19 @@ from models import CONTROLS, Models, make_models, token_bytes
 from serving import Cores, Load, Server, counter, resident_bytes, servers
 from summaries import print_tables, summarise
 from trimtab_processors.cache import BLOCK_SIZE, blocks_for
+from trimtab_processors.pack import DEFAULT_ROUTING
 from trimtab_processors.settings import DEFAULT_CACHE_BYTES
 
 WARM_UP_TOKENS = 4
 
 
 def main(
+    *,
     batch: Annotated[list[int], typer.Option(min=1, help="Requests at once; may be repeated.")] = [1, 8, 32],
     control: Annotated[list[str], typer.Option(help="A shape and a tokenizer; may be repeated.")] = list(
         CONTROLS
     ),
+    routing: Annotated[str, typer.Option(help="How shifts reach the target's tokens.")] = DEFAULT_ROUTING,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens that each request generates.")] = 24,
     save: Annotated[Path | None, typer.Option(help="A file for the JSON too.")] = None,
@@ -59,7 +62,8 @@ def main(
         directory = Path(name)
         models = make_models(directory, control)
         largest = Load(max(*batch, *AGAINST_REFERENCE), PROMPT, tokens, 0)
-        with servers(directory, models, plugins(directory, models, cores), largest, cores) as running:
+        told = plugins(directory, models, cores, routing)
+        with servers(directory, models, told, largest, cores) as running:
             os.sched_setaffinity(0, cores.others)  # not before: the servers would inherit it
             forwards = make_forwards(models, cores.engine, PROMPT + tokens // 2)
             bench = Bench(running, control, cores, forwards, make_references(models))
@@ -70,7 +74,7 @@ def main(
             memory = memory_of(running, models, PROMPT + tokens)
     results = summarise(found, realigned) | {"memory": memory}
     print_tables(results)
-    settings = {"rounds": rounds, "tokens": tokens, "cores": os.cpu_count()}
+    settings = {"routing": routing, "rounds": rounds, "tokens": tokens, "cores": os.cpu_count()}
     line = json.dumps({"benchmark": "control", **settings, "results": results})
     if save:
         save.parent.mkdir(parents=True, exist_ok=True)
@@ -78,10 +82,10 @@ def main(
     print(line)
 
 
-def plugins(directory: Path, models: Models, cores: Cores) -> dict[str, dict[str, Any] | None]:
+def plugins(directory: Path, models: Models, cores: Cores, routing: str) -> dict[str, dict[str, Any] | None]:
     """What the plugin of each server is told."""
     controls = {name: str(path) for name, path in models.controls.items()}
-    told = {"controls": controls, "tables": str(directory / "tables")}
+    told = {"controls": controls, "tables": str(directory / "tables"), "routing": routing}
     return {
         WITHOUT: None,
         SERIES: told | {"control_cpus": []},
