@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import log_softmax
-from transformers import PreTrainedModel
 
 from scores import encoder_of
 from trimtab_mappings import ByteEncoder, Vocabulary, build_table, load_encoder, load_vocabulary
@@ -39,11 +38,10 @@ from trimtab_processors.segments import Segments
 from trimtab_processors.shift import PmMined
 from trimtab_training.architectures import llama
 from trimtab_training.cli import make_visibly
-from trimtab_training.data import pad
 from trimtab_training.evaluate import Question, questions
 from trimtab_training.pretrain import pretrain
 from trimtab_training.settings import PretrainSettings
-from trimtab_training.steer import Loaded, load
+from trimtab_training.steer import Loaded, last_rows, load
 from trimtab_training.world import World, load_world
 
 MODES = ("retokenize", "segments")
@@ -59,7 +57,6 @@ PIECE = re.compile(r".{1,480}(?=\s|\Z)", re.DOTALL)
 PROMPT = 8  # tokens of the target
 WIDTH, LAYERS = 64, 2
 BATCH = 32  # pieces a step of training
-AT_ONCE = 256  # contexts in one call of a model
 
 
 class Context(Protocol):
@@ -226,18 +223,6 @@ class Answering:
 def chat_prompt(side: Loaded, question: Question) -> list[int]:
     messages = [{"role": "user", "content": question.text}]
     return list(side.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-
-
-@torch.no_grad()
-def last_rows(model: PreTrainedModel, contexts: Sequence[Sequence[int]]) -> Tensor:
-    """The logits after each of `contexts`: float32 [contexts, vocabulary]."""
-    rows = []
-    for start in range(0, len(contexts), AT_ONCE):
-        some = contexts[start : start + AT_ONCE]
-        hidden = model.base_model(input_ids=pad(some, 0), use_cache=False).last_hidden_state
-        last = torch.tensor([len(context) - 1 for context in some])
-        rows.append(model.get_output_embeddings()(hidden[torch.arange(len(some)), last]))
-    return torch.cat(rows)
 
 
 def in_world(world: World, name: str) -> InWorld:

@@ -93,7 +93,7 @@ def _evaluated(world: World) -> ByModel:
     from transformers.utils import logging
 
     from trimtab_training.evaluate import evaluate as measure
-    from trimtab_training.offline import offline_answer
+    from trimtab_training.offline import Offline
 
     logging.disable_progress_bar()
-    return {model: measure(world.held_out, offline_answer(world, model)) for model in world.models}
+    return {model: measure(world.held_out, Offline(world, model).answer) for model in world.models}
