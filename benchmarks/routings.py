@@ -3,8 +3,8 @@
 Two kinds of small world, both made from nothing: an easy one, in which it hardly matters, and a hard one, in
 which answers begin with words and names that the control spells in pieces and the targets have whole. The
 template is the ceiling: its vocabulary is the control's, so that nothing is to be routed. Greedy and offline,
-on people whom the control never saw; and the loss of the ideal chat answers, which also tells apart what greedy
-decoding does not.
+on people whom the control never saw; and the loss of the ideal chat answers, which also tells apart what
+greedy decoding does not.
 """
 
 from __future__ import annotations
