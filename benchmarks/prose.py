@@ -51,5 +51,5 @@ class Occurring:
         return {"input_ids": [[0, *self.ids(self._encoded[text])] for text in texts]}
 
     def ids(self, tokens: Iterable[int]) -> list[int]:
-        """The ids here of the tokenizer's own."""
-        return [self._ids[token] for token in tokens]
+        """The ids here of the tokenizer's own; 0 for a token that does not occur."""
+        return [self._ids.get(token, 0) for token in tokens]

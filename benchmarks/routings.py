@@ -33,9 +33,9 @@ STRENGTHS = (1.0, 1.5)
 CEILING = "ceiling"
 HARD = WorldSettings(
     bases={
-        "a": BaseSettings(520, 128, 4, PretrainSettings(steps=600)),
-        "b": BaseSettings(1231, 192, 3),
-        "c": BaseSettings(800, 128, 4, PretrainSettings(learning_rate=5e-3)),
+        "a": BaseSettings(520, 128, 4, PretrainSettings(steps=450)),
+        "b": BaseSettings(1231, 192, 3, PretrainSettings(steps=360)),
+        "c": BaseSettings(800, 128, 4, PretrainSettings(steps=360, learning_rate=5e-3)),
     },
     control=ControlSettings(steps=400),
     dialect=corpus.HARD,

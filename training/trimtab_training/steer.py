@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,6 +82,14 @@ def last_rows(model: PreTrainedModel, contexts: Sequence[Sequence[int]]) -> Tens
     return torch.cat(rows)
 
 
+def contexts_before(aligner: Aligner, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[list[int]]:
+    """The control's context before each of a target's `tokens`, which follow its own `prompt`."""
+    context = Alignment(aligner, prompt)
+    for token in tokens:
+        yield list(context.tokens)
+        context.extend([token])
+
+
 class Steered:
     """A target, and a control that is applied to it through a mapping table."""
 
@@ -140,12 +148,11 @@ class Steered:
         """
         logits = answer_logits(self._target.model, items, self._target.tokenizer.pad_token_id, grad=False)
         if strength:
-            contexts = []
-            for item, prompt in zip(items, control_prompts, strict=True):
-                context = Alignment(self._aligner, prompt)
-                for token in item.answer:
-                    contexts.append(list(context.tokens))
-                    context.extend([token])
+            contexts = [
+                context
+                for item, prompt in zip(items, control_prompts, strict=True)
+                for context in contexts_before(self._aligner, prompt, item.answer)
+            ]
             logits = logits + self._shift(contexts, logits, strength)
         targets = torch.tensor([token for item in items for token in item.answer])
         losses = -log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
