@@ -2,9 +2,9 @@
 
 A control learns one kind of prose beside a template that knows another kind, and is applied to a target that
 does not know it either. Template and target are small language models of the same prose in two vocabularies,
-each only of the tokens that occur; tables are those of the whole vocabularies. What is measured is the loss on
-prose of the control's kind, in nats a byte, so that vocabularies can be compared. The ceiling is the control on
-its own template.
+each only of the tokens that occur; tables are those of the whole vocabularies. What is measured is the loss
+on prose of the control's kind, in nats a byte, so that vocabularies can be compared. The ceiling is the
+control on its own template.
 """
 
 from __future__ import annotations
