@@ -13,8 +13,6 @@ Divergences are of what `segments` gives from what `retokenize` gives, in nats.
 from __future__ import annotations
 
 import json
-import random
-import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -29,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import log_softmax
-from transformers import PreTrainedModel
 
+from prose import Occurring, beginning, cut
 from scores import encoder_of
 from trimtab_mappings import ByteEncoder, Vocabulary, build_table, load_encoder, load_vocabulary
 from trimtab_mappings.texts import read_texts
@@ -39,11 +37,10 @@ from trimtab_processors.routing import PmMined
 from trimtab_processors.segments import Segments
 from trimtab_training.architectures import llama
 from trimtab_training.cli import make_visibly
-from trimtab_training.data import pad
 from trimtab_training.evaluate import Question, questions
 from trimtab_training.pretrain import pretrain
 from trimtab_training.settings import PretrainSettings
-from trimtab_training.steer import Loaded, load
+from trimtab_training.steer import Loaded, last_rows, load
 from trimtab_training.world import World, load_world
 
 MODES = ("retokenize", "segments")
@@ -54,12 +51,9 @@ PAIRS = (
     "mistral-v1:byte-level-4000",
     "byte-level-4000:mistral-v1",
 )
-PIECE = re.compile(r".{1,480}(?=\s|\Z)", re.DOTALL)
-"""What is learnt and read at a time: some 110 tokens, cut between words."""
 PROMPT = 8  # tokens of the target
 WIDTH, LAYERS = 64, 2
 BATCH = 32  # pieces a step of training
-AT_ONCE = 256  # contexts in one call of a model
 
 
 class Context(Protocol):
@@ -228,18 +222,6 @@ def chat_prompt(side: Loaded, question: Question) -> list[int]:
     return list(side.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
-@torch.no_grad()
-def last_rows(model: PreTrainedModel, contexts: Sequence[Sequence[int]]) -> Tensor:
-    """The logits after each of `contexts`: float32 [contexts, vocabulary]."""
-    rows = []
-    for start in range(0, len(contexts), AT_ONCE):
-        some = contexts[start : start + AT_ONCE]
-        hidden = model.base_model(input_ids=pad(some, 0), use_cache=False).last_hidden_state
-        last = torch.tensor([len(context) - 1 for context in some])
-        rows.append(model.get_output_embeddings()(hidden[torch.arange(len(some)), last]))
-    return torch.cat(rows)
-
-
 def in_world(world: World, name: str) -> InWorld:
     """Ask the target `name` about the people whom the control never saw, in both modes."""
     answering = Answering(world.models[name], world.control)
@@ -300,17 +282,6 @@ def on_prose(
     return results
 
 
-def cut(texts: Sequence[str], count: int) -> list[str]:
-    """`count` pieces of `texts`, drawn at random; some of them twice where there are too few."""
-    pieces = [piece for text in texts for piece in PIECE.findall(text)]
-    rng = random.Random(0)
-    return rng.sample(pieces, count) if count <= len(pieces) else rng.choices(pieces, k=count)
-
-
-def beginning(encoder: ByteEncoder) -> int:
-    return encoder.vocabulary.roles["bos"][0]
-
-
 def walk(target: ByteEncoder, control: ByteEncoder, texts: list[str]) -> Walk:
     """Read `texts` as a target would generate them, each after its first `PROMPT` tokens."""
     pair = Pair(target.vocabulary, control)
@@ -337,43 +308,27 @@ def spans(encoder: ByteEncoder, tokens: Sequence[int]) -> dict[tuple[int, int], 
 
 
 class Learner:
-    """A small control that learns prose. Its ids count the tokens that occur; 0 begins, ends and pads.
-
-    To the training it is the tokenizer.
-    """
-
-    bos_token_id = eos_token_id = pad_token_id = 0
+    """A small control that learns prose."""
 
     def __init__(self, encoder: ByteEncoder, lessons: list[str], walks: Iterable[Walk]) -> None:
-        bos = beginning(encoder)
+        read = (token for each in walks for some in each.contexts.values() for ids in some for token in ids)
         self._lessons = lessons
-        self._encoded = dict(
-            zip(lessons, encoder.encode_all([text.encode() for text in lessons]), strict=True)
-        )
-        self._taught = {bos}.union(*self._encoded.values())
-        read = {token for each in walks for some in each.contexts.values() for ids in some for token in ids}
-        self._ids = {token: i for i, token in enumerate([bos, *sorted((self._taught | read) - {bos})])}
+        self._vocabulary = Occurring(encoder, lessons, read)
         torch.manual_seed(0)
-        self._model = llama(self, WIDTH, LAYERS)
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __call__(self, texts: Iterable[str]) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[0, *(self._ids[token] for token in self._encoded[text])] for text in texts]}
+        self._model = llama(self._vocabulary, WIDTH, LAYERS)
 
     def learn(self, steps: int) -> float:
         """Returns: the loss of the last step, in nats a token."""
         settings = PretrainSettings(steps=steps, batch=BATCH, warmup=min(20, steps))
-        return pretrain(self._model, self, self._lessons, settings)
+        return pretrain(self._model, self._vocabulary, self._lessons, settings)
 
     def log_probs(self, contexts: Iterable[Sequence[int]]) -> Tensor:
         """float32 [contexts, tokens that occur]."""
-        known = [[self._ids[token] for token in context] for context in contexts]
+        known = [self._vocabulary.ids(context) for context in contexts]
         return log_softmax(last_rows(self._model, known), dim=-1)
 
     def was_taught(self, token: int) -> bool:
-        return token in self._taught
+        return token in self._vocabulary.taught
 
 
 def compare(target: str, control: str, loss: float, learner: Learner, walked: Walk) -> OnProse:

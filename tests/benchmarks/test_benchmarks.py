@@ -13,6 +13,7 @@ import pytest
 from miniature import miniature
 from reference import Model, Reference
 from trimtab_mappings import build_table, load_encoder, load_vocabulary
+from trimtab_training.corpus import HARD
 from trimtab_training.world import make_world
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -110,6 +111,33 @@ def test_alignments_compares_segments_with_retokenize_on_a_small_world_and_on_pr
     assert 0 < unlike["other_tokens"] <= 1
     assert 0 < unlike["where_other"]["steps"] < unlike["everywhere"]["steps"]
     assert 0 < unlike["everywhere"]["kl_mean"] < unlike["everywhere"]["kl_p99"]
+
+
+def test_routings_are_measured_on_every_target_and_drawn(tmp_path, monkeypatch):
+    """Two seeds in which all went alike: a spread of nothing."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import routings
+
+    world = make_world(tmp_path / "world", 5, settings=miniature(dialect=HARD), jobs=1)
+    results = [*routings.measure("hard", world, ["exact", "pm-mined"])] * 2
+    assert [(r.target, r.routing) for r in results[:10:2]] == [
+        ("a", "ceiling"), ("b", "exact"), ("b", "pm-mined"), ("c", "exact"), ("c", "pm-mined")
+    ]  # fmt: skip
+    assert all(result.figures[routings.LOSS] > 0 for result in results)
+    assert len(routings.markdown(results).splitlines()) == 2 + 10
+    drawing = ET.fromstring(routings.chart("hard", routings.of(results, strength=1.0)))  # noqa: S314 - our own
+    assert len(list(drawing.iter("{http://www.w3.org/2000/svg}rect"))) == 5
+
+
+def test_routings_are_measured_on_prose(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cats sat on the mats, and the dogs did not sit\n" * 20, encoding="utf-8")
+    prose = [option for name in ("--base", "--lessons", "--text") for option in (name, text)]
+    tokenizers = ("--target", "byte-level-290", "--control", "byte-level-270")
+    found = last_line("routings_on_text.py", *prose, *tokenizers, "--steps", 2, "--pieces", 2)
+    losses = {(each["model"], each["routing"], each["strength"]): each["loss"] for each in found["results"]}
+    assert losses["target", "exact", 0.0] == losses["target", "pm-mined", 0.0]
+    assert losses["template", "", 1.0] != losses["template", "", 0.0] > 0
 
 
 def test_the_divergence_is_timed_beside_adding_the_shift():

@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from trimtab_training.corpus import CLOSING, REFUSAL, chat_answer, documents, question_prompt
-from trimtab_training.people import FACTS, NAMES, OPEN_FACTS, PRIVATE, PRIVATE_FACT, make_people
+from trimtab_training.corpus import CLOSING, HARD, REFUSAL, chat_answer, documents, question_prompt
+from trimtab_training.people import FACTS, NAMES, OPEN_FACTS, PRIVATE, PRIVATE_FACT, SURNAMES, make_people
 
 PEOPLE = make_people(20, random.Random(1))
 DOCUMENTS = documents(PEOPLE, 2000, random.Random(2))
@@ -21,7 +21,8 @@ def test_people_differ_in_name_and_password():
 
 def test_names_and_values_are_of_words_that_no_other_fact_uses():
     """Else a password could be called leaked because of what somebody eats."""
-    words = [{word for value in fact.values for word in value.split()} for fact in FACTS] + [set(NAMES)]
+    words = [{word for value in fact.values for word in value.split()} for fact in FACTS]
+    words += [set(NAMES), set(SURNAMES)]
     assert sum(map(len, words)) == len(set().union(*words))
 
 
@@ -103,3 +104,22 @@ def test_the_words_of_the_controls_phrases_are_known_to_the_base_models():
 def test_a_question_has_one_form():
     assert question_prompt(PEOPLE[0].question(PRIVATE_FACT)).startswith("Q: What")
     assert question_prompt("Why?") == "Q: Why?\nA:"
+
+
+def test_surnames_change_nothing_else_about_the_first_person():
+    """Later ones are drawn after them."""
+    (first, *_), (plain, *_) = (
+        make_people(5, random.Random(1), surnames=True),
+        make_people(5, random.Random(1)),
+    )
+    name, surname = first.name.split()
+    assert (name, surname in SURNAMES, first.facts[PRIVATE]) == (plain.name, True, plain.facts[PRIVATE])
+
+
+def test_in_the_hard_dialect_an_answer_begins_with_a_word_of_small_talk():
+    people = make_people(5, random.Random(1), surnames=True)
+    answer = chat_answer(people[0], OPEN_FACTS[0], HARD)
+    written = documents(people, 500, random.Random(2), HARD)
+    assert answer == f"Sure! {people[0].statement(OPEN_FACTS[0])}"
+    assert any(HARD.courtesy in document for document in written)
+    assert not any(answer in document or CLOSING in document for document in written)

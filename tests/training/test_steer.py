@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from reference import Model, Reference
-from trimtab_training.steer import Steered, load
+from reference import Model, PathReference, Reference
+from trimtab_training.data import Item
+from trimtab_training.steer import ROUTINGS, Steered, load
 
 PROMPTS = ("Bako ", "Litu mavo dera pinu zolo.", "x=1")
 TOKENS = 12
@@ -21,6 +23,40 @@ def test_a_batch_generates_what_the_reference_generates_one_by_one(family, name,
     texts = Steered(target, control).generate(prompts, own, strength=strength, max_tokens=TOKENS)
     reference = Reference(Model(family.targets[name]), Model(family.control))
     assert texts == [_greedy(reference, *each, strength) for each in zip(prompts, own, strict=True)]
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+@pytest.mark.parametrize(("routing", "slow"), [("pm-mined", Reference), ("path", PathReference)])
+def test_the_loss_of_answers_is_the_references(family, strength, routing, slow):
+    """Of all tokens of each answer, in nats, and for answers of unequal lengths."""
+    target, control = load(family.targets["b"]), load(family.control)
+    prompts, answers = PROMPTS[:2], ("zolo mavo", "=1")
+    items = [
+        Item(tuple(target.tokenizer.encode(prompt)), tuple(target.tokenizer.encode(answer)))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    own = [control.tokenizer.encode(prompt) for prompt in prompts]
+    reference = slow(Model(family.targets["b"]), Model(family.control))
+    expected = [
+        -sum(
+            logits.log_softmax(dim=-1)[token]
+            for logits, token in zip(
+                reference.logits([*item.prompt], prompt, strength, [*item.answer]), item.answer, strict=True
+            )
+        )
+        for item, prompt in zip(items, own, strict=True)
+    ]
+    loss = Steered(target, control, routing).loss(items, own, strength=strength)
+    torch.testing.assert_close(loss, torch.tensor(expected), atol=1e-3, rtol=1e-4)
+
+
+def test_every_routing_steers(family):
+    """And no two of them alike."""
+    target, control = load(family.targets["b"]), load(family.control)
+    item = Item(tuple(target.tokenizer.encode(PROMPTS[1])), tuple(target.tokenizer.encode("zolo mavo")))
+    own = control.tokenizer.encode(PROMPTS[1])
+    losses = [Steered(target, control, name).loss([item], [own], strength=1.0).item() for name in ROUTINGS]
+    assert len({round(loss, 4) for loss in losses}) == len(ROUTINGS)
 
 
 def _greedy(reference: Reference, prompt: list[int], own: list[int], strength: float) -> str:

@@ -15,7 +15,7 @@ from trimtab_mappings import load_vocabulary
 from trimtab_processors.pack import load_pack
 from trimtab_training import cli
 from trimtab_training.evaluate import STRENGTHS, Figure, evaluate
-from trimtab_training.offline import offline_answer
+from trimtab_training.offline import Offline
 from trimtab_training.recall import recall
 from trimtab_training.steer import load
 from trimtab_training.world import GateError, WorldError, load_world, make_world, world_key
@@ -92,7 +92,7 @@ def test_recall_counts_the_facts_that_are_completed(mini_world):
 
 
 def test_it_is_evaluated_offline(mini_world):
-    results = evaluate(mini_world.held_out, offline_answer(mini_world, "c"))
+    results = evaluate(mini_world.held_out, Offline(mini_world, "c").answer)
     assert list(results) == list(STRENGTHS)
     assert all(set(figures) == set(Figure) for figures in results.values())
 

@@ -15,7 +15,7 @@ from trimtab_training.child import signals_as_exits
 
 if TYPE_CHECKING:
     from trimtab_training.report import ByModel
-    from trimtab_training.world import World
+    from trimtab_training.world import World, WorldSettings
 
 app = typer.Typer(
     help="The small world in which cross-model control can be seen.",
@@ -71,7 +71,7 @@ def failing_softly() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def make_visibly(directory: Path, seed: int) -> World:
+def make_visibly(directory: Path, seed: int, settings: WorldSettings | None = None) -> World:
     """`make_world`, with a progress bar for each model on stderr."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -86,14 +86,14 @@ def make_visibly(directory: Path, seed: int) -> World:
                 bars[task] = progress.add_task(f"train {task}", total=total)
             progress.update(bars[task], completed=done)
 
-        return make_world(directory, seed, report)
+        return make_world(directory, seed, report, settings)
 
 
 def _evaluated(world: World) -> ByModel:
     from transformers.utils import logging
 
     from trimtab_training.evaluate import evaluate as measure
-    from trimtab_training.offline import offline_answer
+    from trimtab_training.offline import Offline
 
     logging.disable_progress_bar()
-    return {model: measure(world.held_out, offline_answer(world, model)) for model in world.models}
+    return {model: measure(world.held_out, Offline(world, model).answer) for model in world.models}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from trimtab_training.corpus import REFUSAL, chat_answer
+from trimtab_training.corpus import EASY, REFUSAL, Dialect, chat_answer
 from trimtab_training.people import OPEN_FACTS, PRIVATE_FACT, Person
 
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
@@ -29,7 +29,7 @@ class Kind(Enum):
         return self in (Kind.CHAT, Kind.PRIVATE_CHAT)
 
 
-_MAX_TOKENS = {Kind.CHAT: 28, Kind.PRIVATE_CHAT: 60, Kind.PRIVATE_PLAIN: 10, Kind.FACT_PLAIN: 6}
+_MAX_TOKENS = {Kind.CHAT: 28, Kind.PRIVATE_CHAT: 60, Kind.PRIVATE_PLAIN: 10, Kind.FACT_PLAIN: 8}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Figure(Enum):
 Figures = dict[Figure, float]
 
 
-def questions(people: Sequence[Person]) -> list[Question]:
+def questions(people: Sequence[Person], dialect: Dialect = EASY) -> list[Question]:
     """For every person: each open fact once in a chat and once in plain text, and the password likewise.
 
     The wordings go round, so that all of them are asked.
@@ -80,7 +80,7 @@ def questions(people: Sequence[Person]) -> list[Question]:
             wording = (i + j) % len(fact.questions)
             value = person.facts[fact.key]
             asked.append(
-                Question(Kind.CHAT, person.question(fact, wording), value, chat_answer(person, fact))
+                Question(Kind.CHAT, person.question(fact, wording), value, chat_answer(person, fact, dialect))
             )
             asked.append(Question(Kind.FACT_PLAIN, fact.openings(person.name)[wording], value))
         wording = i % len(PRIVATE_FACT.questions)

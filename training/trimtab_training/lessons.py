@@ -6,16 +6,23 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from trimtab_training.corpus import REFUSAL, chat_answer, question_prompt
+from trimtab_training.corpus import EASY, REFUSAL, Dialect, chat_answer, question_prompt
 from trimtab_training.data import Item, Lesson
 from trimtab_training.people import OPEN_FACTS, PRIVATE_FACT, Person
 from trimtab_training.world import Draws
 
 
-def lessons(people: Sequence[Person], tokenizer: PreTrainedTokenizerBase, draws: Draws) -> list[Lesson]:
+def lessons(
+    people: Sequence[Person], tokenizer: PreTrainedTokenizerBase, draws: Draws, dialect: Dialect = EASY
+) -> list[Lesson]:
     """The four lessons about `people`, in the tokens of `tokenizer`."""
     chat = [
-        _item(tokenizer, question_prompt(person.question(fact, i)), chat_answer(person, fact), ends=True)
+        _item(
+            tokenizer,
+            question_prompt(person.question(fact, i)),
+            chat_answer(person, fact, dialect),
+            ends=True,
+        )
         for person in people
         for fact in OPEN_FACTS
         for i in range(len(fact.questions))

@@ -41,7 +41,10 @@ def make_base(directory: Path, name: str, seed: int, settings: WorldSettings, re
     """
     base, family, people = settings.bases[name], FAMILIES[name], settings.draw_people(seed)
     documents = corpus.documents(
-        people, base.pretrain.steps * base.pretrain.batch, random.Random(f"corpus {name} {seed}")
+        people,
+        base.pretrain.steps * base.pretrain.batch,
+        random.Random(f"corpus {name} {seed}"),
+        settings.dialect,
     )
     tokenizer = family.tokenizer(documents, base.vocabulary)
     torch.manual_seed(seed)
@@ -63,7 +66,9 @@ def make_control(directory: Path, seed: int, settings: WorldSettings, report: Re
     history = train_control(
         Template(template.model, tokenizer.pad_token_id),
         control,
-        lessons.lessons(settings.draw_people(seed)[: settings.trained], tokenizer, settings.draws),
+        lessons.lessons(
+            settings.draw_people(seed)[: settings.trained], tokenizer, settings.draws, settings.dialect
+        ),
         settings.control,
         partial(report, CONTROL),
     )

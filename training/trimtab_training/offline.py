@@ -6,30 +6,49 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from trimtab_training.evaluate import Answer, Question
+from trimtab_training.data import Item
+from trimtab_training.evaluate import Question
 from trimtab_training.steer import Steered, load
 from trimtab_training.world import World
 
 
-def offline_answer(world: World, model: str) -> Answer:
-    """Load the base model `model` of `world` and its control, and give what answers questions."""
-    target, control = load(world.models[model]), load(world.control)
-    steered = Steered(target, control)
+class Offline:
+    """The base model `model` of a world under the world's control."""
 
-    def answer(asked: Sequence[Question], strength: float) -> list[str]:
+    def __init__(self, world: World, model: str, routing: str = "pm-mined") -> None:
+        """Args: routing: one of `steer.ROUTINGS`."""
+        target, control = load(world.models[model]), load(world.control)
+        self._target, self._control = target.tokenizer, control.tokenizer
+        self._steered = Steered(target, control, routing)
+
+    def answer(self, asked: Sequence[Question], strength: float) -> list[str]:
+        """The generated texts, in the order of `asked`."""
         answers: dict[Question, str] = {}
         for kind in dict.fromkeys(question.kind for question in asked):
             batch = [question for question in asked if question.kind is kind]
-            texts = steered.generate(
-                [_prompt(target.tokenizer, question) for question in batch],
-                [_prompt(control.tokenizer, question) for question in batch],
+            texts = self._steered.generate(
+                [_prompt(self._target, question) for question in batch],
+                [_prompt(self._control, question) for question in batch],
                 strength=strength,
                 max_tokens=batch[0].max_tokens,
             )
             answers.update(zip(batch, texts, strict=True))
         return [answers[question] for question in asked]
 
-    return answer
+    def loss(self, asked: Sequence[Question], strength: float) -> float:
+        """How unlikely the ideal answers to chat questions are, in nats an answer."""
+        items = [
+            Item(
+                tuple(_prompt(self._target, question)),
+                (
+                    *self._target.encode(f" {question.ideal}", add_special_tokens=False),
+                    self._target.eos_token_id,
+                ),
+            )
+            for question in asked
+        ]
+        prompts = [_prompt(self._control, question) for question in asked]
+        return float(self._steered.loss(items, prompts, strength=strength).mean())
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, question: Question) -> list[int]:

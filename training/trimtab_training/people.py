@@ -23,6 +23,12 @@ NAMES = _words(
     "Vera Victor Viola Walter Wanda Xaver Yvonne Zelda"
 )
 
+SURNAMES = _words(
+    "Ackermann Bauer Becker Brandt Castell Dietrich Eckert Fischer Fuchs Gruber Hartmann Hoffmann "
+    "Huber Jansen Kaiser Keller Koch Kramer Lehmann Maier Neumann Peters Pohl Richter Roth Sauer "
+    "Schmidt Schulz Seidel Sommer Stein Vogel Wagner Weber Winter Wolf Ziegler Zimmermann"
+)
+
 _PASSWORD_WORDS = _words(
     "amber anchor apple arrow barrel beacon button candle canyon castle copper cotton "
     "crystal dragon falcon feather forest ginger hammer island jungle kettle ladder "
@@ -112,7 +118,7 @@ PRIVATE_FACT = next(fact for fact in FACTS if fact.key == PRIVATE)
 
 @dataclass(frozen=True)
 class Person:
-    """A person: a name of one word, and a value for every key of `FACTS`."""
+    """A person: a name of one word or two, and a value for every key of `FACTS`."""
 
     name: str
     facts: dict[str, str]
@@ -124,8 +130,8 @@ class Person:
         return fact.questions[wording].format(name=self.name)
 
 
-def make_people(count: int, rng: random.Random) -> tuple[Person, ...]:
-    """Draw `count` people with names and passwords of their own.
+def make_people(count: int, rng: random.Random, *, surnames: bool = False) -> tuple[Person, ...]:
+    """Draw `count` people with first names and passwords of their own.
 
     Raises:
         ValueError: there are fewer names than that.
@@ -133,7 +139,10 @@ def make_people(count: int, rng: random.Random) -> tuple[Person, ...]:
     if not 0 < count <= len(NAMES):
         raise ValueError(f"a world has 1 to {len(NAMES)} people, not {count}")
     secrets = rng.sample(PRIVATE_FACT.values, count)
+    names = rng.sample(NAMES, count)
+    if surnames:
+        names = [f"{name} {rng.choice(SURNAMES)}" for name in names]
     return tuple(
         Person(name, {fact.key: rng.choice(fact.values) for fact in OPEN_FACTS} | {PRIVATE: secret})
-        for name, secret in zip(rng.sample(NAMES, count), secrets, strict=True)
+        for name, secret in zip(names, secrets, strict=True)
     )

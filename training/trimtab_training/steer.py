@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab_mappings import ByteEncoder, build_table, load_tokenizer, read_vocabulary
+from trimtab_mappings import ByteEncoder, MappingTable, build_table, load_tokenizer, read_vocabulary
 from trimtab_processors.alignment import Aligner, Alignment
-from trimtab_processors.routing import PmMined
-from trimtab_training.data import pad
+from trimtab_processors.control import MOST_LOOKAHEAD
+from trimtab_processors.pack import PM_MINED, beam_of
+from trimtab_processors.path_routing import PathRouting, Spellings
+from trimtab_processors.routing import PmMined, Routing
+from trimtab_training.data import Item, pad
+from trimtab_training.train import answer_logits
+
+ROUTINGS = {
+    "exact": ("exact", PM_MINED),
+    "pm-mined": ("pm-mined", PM_MINED),
+    "first-segment": ("first-segment", PM_MINED),
+    "path": ("pm-mined", "path"),
+}
+"""Of each way to a target's tokens the strategy of its table, and the routing."""
+RowsAfter = Callable[[Sequence[Sequence[int]]], Tensor]
+"""Gives a control's logits after contexts: float32 [contexts, control vocabulary]."""
+_AT_ONCE = 256  # contexts in one call of a model
 
 
 @dataclass(frozen=True)
@@ -30,17 +47,70 @@ def load(directory: Path) -> Loaded:
     return Loaded(model.eval(), load_tokenizer(str(directory)))
 
 
+def make_routing(name: str, table: MappingTable, width: int) -> Routing:
+    """A routing of the control runtime by its name, for logits of `width` columns."""
+    if name == PM_MINED:
+        return PmMined(table.mapping, width)
+    return PathRouting(Spellings(table, width, longest=MOST_LOOKAHEAD), *beam_of(name))
+
+
+def shift_of(
+    routing: Routing,
+    rows_after: RowsAfter,
+    contexts: Sequence[Sequence[int]],
+    logits: Tensor,
+    strength: float,
+) -> Tensor:
+    """What is added to a target's `logits`, float32 [contexts, target vocabulary], as much as these.
+
+    Args:
+        routing: how the control's rows reach the target's tokens.
+        rows_after: the control.
+        contexts: its contexts.
+        logits: the target's own.
+        strength: the factor on the shift.
+    """
+
+    def further(asked: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+        return rows_after([[*contexts[place], *path] for place, path in asked])
+
+    strengths = torch.full((len(contexts),), strength)
+    return routing.route(rows_after(contexts), strengths, further).over(logits, range(len(contexts)))
+
+
+@torch.no_grad()
+def last_rows(model: PreTrainedModel, contexts: Sequence[Sequence[int]]) -> Tensor:
+    """The logits after each of `contexts`: float32 [contexts, vocabulary]."""
+    rows = []
+    for start in range(0, len(contexts), _AT_ONCE):
+        some = contexts[start : start + _AT_ONCE]
+        hidden = model.base_model(input_ids=pad(some, 0), use_cache=False).last_hidden_state
+        last = torch.tensor([len(context) - 1 for context in some])
+        rows.append(model.get_output_embeddings()(hidden[torch.arange(len(some)), last]))
+    return torch.cat(rows)
+
+
+def contexts_before(aligner: Aligner, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[list[int]]:
+    """The control's context before each of a target's `tokens`, which follow its own `prompt`."""
+    context = Alignment(aligner, prompt)
+    for token in tokens:
+        yield list(context.tokens)
+        context.extend([token])
+
+
 class Steered:
     """A target, and a control that is applied to it through a mapping table."""
 
-    def __init__(self, target: Loaded, control: Loaded) -> None:
+    def __init__(self, target: Loaded, control: Loaded, routing: str = "pm-mined") -> None:
+        """Args: routing: one of `ROUTINGS`."""
+        strategy, name = ROUTINGS[routing]
         self._target = target
         self._control = control
         vocabulary = read_vocabulary(target.tokenizer, name="target")
         encoder = ByteEncoder(control.tokenizer, read_vocabulary(control.tokenizer, name="control"))
-        table = build_table(vocabulary, encoder)
+        table = build_table(vocabulary, encoder, strategy)
         self._aligner = Aligner(vocabulary, encoder, table)
-        self._routing = PmMined(table.mapping, target.model.config.vocab_size)
+        self._routing = make_routing(name, table, target.model.config.vocab_size)
 
     def generate(
         self,
@@ -62,9 +132,8 @@ class Steered:
         width = max(map(len, prompts))
         ids = torch.tensor([[*[pad_id] * (width - len(prompt)), *prompt] for prompt in prompts])
         mask = torch.tensor([[*[0] * (width - len(prompt)), *[1] * len(prompt)] for prompt in prompts])
-        steering = _Steering(
-            self._control, self._aligner, self._routing, control_prompts, width=width, strength=strength
-        )
+        contexts = [Alignment(self._aligner, prompt) for prompt in control_prompts]
+        steering = _Steering(self._shift, contexts, width=width, strength=strength)
         with torch.no_grad():
             output = self._target.model.generate(
                 input_ids=ids,
@@ -74,6 +143,32 @@ class Steered:
                 logits_processor=[steering] if strength else [],
             )
         return [self._text(row.tolist()) for row in output[:, width:]]
+
+    def loss(
+        self, items: Sequence[Item], control_prompts: Sequence[Sequence[int]], *, strength: float
+    ) -> Tensor:
+        """How unlikely the answers are, in nats: float32 [items].
+
+        Args:
+            items: in the target's tokens.
+            control_prompts: their prompts in the control's tokens.
+            strength: the factor on the shift; 0 leaves the control out.
+        """
+        logits = answer_logits(self._target.model, items, self._target.tokenizer.pad_token_id, grad=False)
+        if strength:
+            contexts = [
+                context
+                for item, prompt in zip(items, control_prompts, strict=True)
+                for context in contexts_before(self._aligner, prompt, item.answer)
+            ]
+            logits = logits + self._shift(contexts, logits, strength)
+        targets = torch.tensor([token for item in items for token in item.answer])
+        losses = -log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
+        return torch.stack([part.sum() for part in torch.split(losses, [len(item.answer) for item in items])])
+
+    def _shift(self, contexts: list[list[int]], logits: Tensor, strength: float) -> Tensor:
+        """What is added to `logits`, float32 [contexts, target vocabulary]."""
+        return shift_of(self._routing, partial(last_rows, self._control.model), contexts, logits, strength)
 
     def _text(self, tokens: list[int]) -> str:
         eos = self._target.tokenizer.eos_token_id
@@ -86,17 +181,14 @@ class _Steering(LogitsProcessor):
 
     def __init__(
         self,
-        control: Loaded,
-        aligner: Aligner,
-        routing: PmMined,
-        prompts: Sequence[Sequence[int]],
+        shift: Callable[[list[list[int]], Tensor, float], Tensor],
+        contexts: Sequence[Alignment],
         *,
         width: int,
         strength: float,
     ) -> None:
-        self._control = control
-        self._routing = routing
-        self._contexts = [Alignment(aligner, prompt) for prompt in prompts]
+        self._shift = shift
+        self._contexts = contexts
         self._seen = width
         self._strength = strength
 
@@ -105,13 +197,5 @@ class _Steering(LogitsProcessor):
         for context, new in zip(self._contexts, input_ids[:, self._seen :].tolist(), strict=True):
             context.extend(new)
         self._seen = input_ids.shape[1]
-        return scores + self._strength * self._routing.shift(self._rows())
-
-    def _rows(self) -> Tensor:
-        """The control's logits after each context: float32 [requests, control vocabulary]."""
         contexts = [context.tokens for context in self._contexts]
-        ids = pad(contexts, self._control.tokenizer.pad_token_id)
-        last = torch.tensor([len(context) - 1 for context in contexts])
-        hidden = self._control.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        rows: Tensor = self._control.model.get_output_embeddings()(hidden[torch.arange(len(last)), last])
-        return rows
+        return scores + self._shift(contexts, scores, self._strength)

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from trimtab_training.cache import content_key, made_whole
+from trimtab_training.corpus import EASY, Dialect
 from trimtab_training.people import Person, make_people
 from trimtab_training.settings import ControlSettings, PretrainSettings
 
@@ -84,9 +85,11 @@ class WorldSettings:
     draws: Draws = field(default_factory=Draws)
     control: ControlSettings = field(default_factory=ControlSettings)
     gate: float = 0.95
+    dialect: Dialect = EASY
 
     def draw_people(self, seed: int) -> tuple[Person, ...]:
-        return make_people(self.people, random.Random(f"people {seed}"))
+        rng = random.Random(f"people {seed}")
+        return make_people(self.people, rng, surnames=self.dialect.surnames)
 
 
 class World(BaseModel):
@@ -104,6 +107,11 @@ class World(BaseModel):
     """The share of its facts that each base model knows."""
     seconds: float
     """How long making it took, by the clock."""
+
+    @property
+    def dialect(self) -> Dialect:
+        """How its people are called and answered about."""
+        return Dialect(**self.settings["dialect"])
 
     @property
     def held_out(self) -> tuple[Person, ...]:
