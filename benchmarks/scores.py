@@ -1,6 +1,8 @@
 """Which mapping strategy names the control's own next token most often, for real and trained tokenizers.
 
 Tokenizers are trained on the first texts, and all tables are scored on the others: see `trimtab map score`.
+Beside it, the share of the control's tokens, and of their uses, that the target spells in pieces: see `trimtab map
+show`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trimtab_mappings import STRATEGIES, ByteEncoder, build_table, read_vocabulary
+from trimtab_mappings.inspection import count_tokens, summarize
 from trimtab_mappings.scoring import find_meetings, score
 from trimtab_mappings.texts import read_texts
 from vocabularies import FAMILIES, REAL, real, train
@@ -40,7 +43,7 @@ def main(
     """Score every strategy on every pair."""
     texts = read_texts(text)
     lessons = read_texts(training)
-    table = Table("target", "control", "places", "skipped bytes", *STRATEGIES)
+    table = Table("target", "control", "in pieces", "by use", "places", "skipped bytes", *STRATEGIES)
     results = []
     with tempfile.TemporaryDirectory() as directory:
         names = dict.fromkeys(name for each in pair for name in each.split(":"))
@@ -48,15 +51,21 @@ def main(
     for each in pair:
         target, control = (encoders[name] for name in each.split(":"))
         meetings = find_meetings(target, control, texts)
-        scores = [score(build_table(target.vocabulary, control, name), meetings) for name in STRATEGIES]
+        built = [build_table(target.vocabulary, control, name) for name in STRATEGIES]
+        scores = [score(one, meetings) for one in built]
+        pieces = summarize(built[0], count_tokens(built[0], target, control, texts)).control_in_pieces
+        in_pieces, by_use = (part / whole for part, whole in (pieces.tokens, pieces.uses or (0, 1)))
         best = max(found.accuracy for found in scores)
         table.add_row(
             *each.split(":"),
+            f"{in_pieces:.1%}",
+            f"{by_use:.2%}",
             f"{len(meetings.target_ids):,}",
             f"{meetings.skipped_bytes:,}",
             *(f"{found.accuracy:.2%}{' *' if found.accuracy == best else ''}" for found in scores),
         )
-        results.append({"pair": each} | {found.strategy: found.accuracy for found in scores})
+        shares = {"in_pieces": in_pieces, "in_pieces_by_use": by_use}
+        results.append({"pair": each} | shares | {found.strategy: found.accuracy for found in scores})
     Console(width=110).print(table)
     print(json.dumps({"benchmark": "scores", "results": results}))
 

@@ -27,6 +27,26 @@ def target() -> ByteEncoder:
     return encoder([*letters, "Su", "re", "Sure", "te", "tea", "</s>"], merges, "the-target")
 
 
+def letters() -> ByteEncoder:
+    """Spells everything in letters."""
+    return encoder([*"Sureyo", "m", "</s>"], name="the-letters")
+
+
+def words() -> ByteEncoder:
+    """Has `Sure` and `Sorry` whole, and what they are merged from."""
+    merges = [
+        ("S", "u"),
+        ("r", "e"),
+        ("Su", "re"),
+        ("S", "o"),
+        ("r", "y"),
+        ("r", "ry"),
+        ("So", "rry"),
+        ("m", "e"),
+    ]
+    return encoder([*"Sureyo", "m", *map("".join, merges), "</s>"], merges, "the-words")
+
+
 def control() -> ByteEncoder:
     """Spells `Sure` as `S`, `ure` and `tea` as `te`, `a`; knows `team` too, and no `re`."""
     merges = [("u", "r"), ("ur", "e"), ("t", "e")]

@@ -12,6 +12,7 @@ import typer
 
 from trimtab_mappings.building import build_table
 from trimtab_mappings.decoding import VocabularyError
+from trimtab_mappings.encoder import ByteEncoder
 from trimtab_mappings.inspection import compare, count_tokens, look_up, summarize
 from trimtab_mappings.loading import load_encoder, load_vocabulary
 from trimtab_mappings.report import Report, print_report, to_json, write_html
@@ -37,6 +38,12 @@ Text = Annotated[
     list[Path], typer.Option("--text", help="A text file; of a .jsonl, each line's `text`. May be repeated.")
 ]
 _MODEL = "a directory or a hub id"
+Target = Annotated[
+    str | None, typer.Option("--target", help=f"Where the target's tokenizer is now: {_MODEL}.")
+]
+Control = Annotated[
+    str | None, typer.Option("--control", help=f"Where the control's tokenizer is now: {_MODEL}.")
+]
 
 
 @app.command()
@@ -67,18 +74,20 @@ def show(
     table: Table,
     *,
     text: Text = [],  # noqa: B006 - Typer's way to an option that may be repeated
-    target: Annotated[
-        str | None, typer.Option(help=f"Where the target's tokenizer is now, for --text: {_MODEL}.")
-    ] = None,
+    target: Target = None,
+    control: Control = None,
     worst: Annotated[int, typer.Option(min=0, help="How many of the worst rows to show.")] = 20,
     as_json: Json = False,
     html: Html = None,
 ) -> None:
-    """Show how much of a table is exact, how far its other rows are off, and which are the worst."""
+    """Show how much of a table is exact, how far its other rows are off, and which are the worst.
+
+    The tokenizers are read for --text only.
+    """
     with _refusals():
         loaded = MappingTable.load(table)
         texts = read_texts(text)
-        uses = count_tokens(loaded, load_encoder(target or loaded.target_name), texts) if texts else None
+        uses = count_tokens(loaded, *_encoders(loaded, target, control), texts) if texts else None
         summary = summarize(loaded, uses, worst=worst)
         _emit(summary, summary_report(summary), as_json=as_json, html=html)
 
@@ -130,21 +139,15 @@ def score_(
     table: Table,
     *,
     text: Text,
-    target: Annotated[
-        str | None, typer.Option(help=f"Where the target's tokenizer is now: {_MODEL}.")
-    ] = None,
-    control: Annotated[
-        str | None, typer.Option(help=f"Where the control's tokenizer is now: {_MODEL}.")
-    ] = None,
+    target: Target = None,
+    control: Control = None,
     as_json: Json = False,
     html: Html = None,
 ) -> None:
     """Measure on text how often a table, and each strategy beside it, names the control's own next token."""
     with _refusals():
         loaded = MappingTable.load(table)
-        served, encoder = (
-            load_encoder(path) for path in (target or loaded.target_name, control or loaded.control_name)
-        )
+        served, encoder = _encoders(loaded, target, control)
         loaded.check(served.vocabulary, encoder.vocabulary)
         meetings = find_meetings(served, encoder, read_texts(text))
         others = [name for name in STRATEGIES if name != loaded.strategy]
@@ -157,6 +160,13 @@ def score_(
             "scores": scores,
         }
         _emit(result, score_report(loaded, meetings, scores), as_json=as_json, html=html)
+
+
+def _encoders(
+    table: MappingTable, target: str | None, control: str | None
+) -> tuple[ByteEncoder, ByteEncoder]:
+    """The two sides' encoders, from where the table was made from or where the user says they are now."""
+    return load_encoder(target or table.target_name), load_encoder(control or table.control_name)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trimtab_mappings.encoder import ByteEncoder
+
+COARSE_USES = 0.05
+COARSE_TOKENS = 0.5
+"""A control with a larger share of its uses, or without a text of its tokens, in pieces is coarser than
+its target; docs/mappings.md has what was measured."""
 
 _HEXADECIMAL = re.compile(r"<([0-9A-F]{2}(?: [0-9A-F]{2})*)>")
 
@@ -66,6 +71,34 @@ class Lookup:
     """The nearest control tokens, the nearest first."""
 
 
+class Uses(NamedTuple):
+    """How often each token occurs in a text, which each side has tokenized itself."""
+
+    target: NDArray[np.int64]
+    """[V_target]."""
+    control: NDArray[np.int64]
+    """[V_control]."""
+
+
+class Part(NamedTuple):
+    """So many of so many."""
+
+    part: int
+    whole: int
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The tokens of one vocabulary that are none of the other, which has to spell them in pieces if it can.
+
+    Special tokens are left out.
+    """
+
+    tokens: Part
+    uses: Part | None
+    """The tokens of the text; none without a text."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """A table at a glance."""
@@ -77,6 +110,12 @@ class Summary:
     control_fingerprint: str
     target_tokens: int
     control_tokens: int
+    coarser: bool
+    """Whether so much of the control is in pieces that the mapping may not carry what it does."""
+    control_in_pieces: Pieces
+    """What the target must choose piece by piece, while the control knows only the whole."""
+    target_in_pieces: Pieces
+    """What the control would say piece by piece, of which a row names one."""
     coverage: Coverage
     """Rows by kind."""
     uses: Coverage | None
@@ -110,25 +149,28 @@ class Difference:
     """How many tokens the two controls spell differently."""
 
 
-def count_tokens(table: MappingTable, target: ByteEncoder, texts: Iterable[str]) -> NDArray[np.int64]:
-    """Count how often each target token occurs in `texts`: int64 [V_target].
+def count_tokens(
+    table: MappingTable, target: ByteEncoder, control: ByteEncoder, texts: Sequence[str]
+) -> Uses:
+    """Count how often each token of either side occurs in `texts`.
 
     Raises:
-        TableError: `target` is not the table's.
+        TableError: `target` or `control` is not the table's.
     """
-    table.check(target.vocabulary)
-    ids = [np.array(target.encode(text.encode())[0], dtype=np.int64) for text in texts]
-    return np.bincount(np.concatenate([*ids, np.empty(0, np.int64)]), minlength=len(table.mapping))
+    table.check(target.vocabulary, control.vocabulary)
+    return Uses(_counts(target, texts), _counts(control, texts))
 
 
-def summarize(table: MappingTable, uses: NDArray[np.int64] | None = None, *, worst: int = 20) -> Summary:
+def summarize(table: MappingTable, text_uses: Uses | None = None, *, worst: int = 20) -> Summary:
     """Describe a table.
 
     Args:
         table: the table.
-        uses: int [V_target]: how often each target token occurs; see `count_tokens`.
+        text_uses: how often each token occurs; see `count_tokens`.
         worst: how many of the worst rows to name.
     """
+    uses, control_uses = text_uses or (None, None)
+    control_in_pieces = _in_pieces(table.control_tokens, table.target_tokens, control_uses)
     distances = _distances(table)
     approximate = np.isin(table.kinds, (Kind.PREFIX, Kind.EXTENSION))
     cost = distances if uses is None else distances * uses
@@ -141,6 +183,9 @@ def summarize(table: MappingTable, uses: NDArray[np.int64] | None = None, *, wor
         control_fingerprint=table.control_fingerprint,
         target_tokens=len(table.mapping),
         control_tokens=len(table.control_offsets) - 1,
+        coarser=_is_coarse(control_in_pieces),
+        control_in_pieces=control_in_pieces,
+        target_in_pieces=_in_pieces(table.target_tokens, table.control_tokens, uses),
         coverage=table.coverage,
         uses=None if uses is None else table.weighted_coverage(uses),
         distances=_histogram(distances[approximate]),
@@ -199,6 +244,28 @@ def compare(before: MappingTable, after: MappingTable) -> Difference:
         changes=changes,
         segments=sum(_spelling(before, i) != _spelling(after, i) for i in range(rows)),
     )
+
+
+def _counts(encoder: ByteEncoder, texts: Iterable[str]) -> NDArray[np.int64]:
+    """int64 [V]: how often each of the encoder's tokens occurs."""
+    ids = [np.array(encoder.encode(text.encode())[0], dtype=np.int64) for text in texts]
+    return np.bincount(np.concatenate([*ids, np.empty(0, np.int64)]), minlength=len(encoder.vocabulary))
+
+
+def _in_pieces(own: Sequence[bytes], others: Sequence[bytes], uses: NDArray[np.int64] | None) -> Pieces:
+    """The tokens of `own` that are none of `others`; uses: int [own]."""
+    known = {*others}
+    text = np.array([token != b"" for token in own])
+    pieces = np.array([token != b"" and token not in known for token in own])
+    return Pieces(
+        tokens=Part(int(pieces.sum()), int(text.sum())),
+        uses=None if uses is None else Part(int(uses[pieces].sum()), int(uses[text].sum())),
+    )
+
+
+def _is_coarse(control: Pieces) -> bool:
+    pieces, most = (control.uses, COARSE_USES) if control.uses else (control.tokens, COARSE_TOKENS)
+    return pieces.part > most * pieces.whole
 
 
 def _row(table: MappingTable, token_id: int, uses: NDArray[np.int64] | None = None) -> Row:

@@ -40,6 +40,7 @@ class Report:
     title: str
     facts: Mapping[str, Cell] = dataclasses.field(default_factory=dict)
     sections: Sequence[Section] = ()
+    warning: str = ""
 
 
 def show_token(token: bytes) -> str:
@@ -85,6 +86,8 @@ def print_report(report: Report) -> None:
     console.print(Text(report.title, style="bold"), soft_wrap=True)
     for name, value in report.facts.items():
         console.print(Text(f"  {name}: {show(value)}"), soft_wrap=True)
+    if report.warning:
+        console.print(Text(f"\nwarning: {report.warning}", style="yellow"), soft_wrap=True)
     for section in report.sections:
         console.print(Text(f"\n{section.title}", style="bold"), soft_wrap=True)
         table = Table(box=None, pad_edge=False)

@@ -10,7 +10,7 @@ from trimtab_mappings.table import Coverage
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from trimtab_mappings.inspection import Difference, Lookup, Row, Summary, Token
+    from trimtab_mappings.inspection import Difference, Lookup, Pieces, Row, Summary, Token
     from trimtab_mappings.scoring import Meetings, Score
     from trimtab_mappings.table import MappingTable
 
@@ -21,6 +21,11 @@ _MEANINGS = {
     "role": "special, of one role",
     "none": "no counterpart",
 }
+_COARSE = (
+    "the control's vocabulary is coarser than the target's, which spells {share} of {whole} in pieces. The"
+    " target has to choose a first piece where the control knows only the whole, so the control may do little"
+    " or nothing there. Choose a template and a control whose vocabulary is finer than the targets'.{hint}"
+)
 _FAR = 12  # the distance from which on rows are counted together
 _SHOWN = 50  # rows of a difference; JSON has all
 
@@ -46,6 +51,7 @@ def summary_report(summary: Summary) -> Report:
     by = "distance times uses" if summary.uses else "distance"
     sections = [
         coverage_section(summary.coverage, summary.uses),
+        _pieces_section(summary),
         _distance_section(summary.distances, summary.distance_uses),
     ]
     if summary.worst:
@@ -53,7 +59,8 @@ def summary_report(summary: Summary) -> Report:
         rows = [_row_cells(row) for row in summary.worst]
         note = "of a token without a counterpart, its own length is its distance"
         sections.append(Section(f"The worst rows, by {by}", columns, rows, note))
-    return Report("Mapping table", facts, sections)
+    warning = _coarse_warning(summary.control_in_pieces) if summary.coarser else ""
+    return Report("Mapping table", facts, sections, warning)
 
 
 def coverage_section(coverage: Coverage, uses: Coverage | None = None) -> Section:
@@ -200,6 +207,26 @@ def _distance_section(distances: Mapping[int, int], uses: Mapping[int, int] | No
     ]
     columns = ("distance", "tokens", "of these", *(("uses", "of their uses") if uses is not None else ()))
     return Section("Edit distance of tokens of the kinds prefix and extension", columns, rows)
+
+
+def _pieces_section(summary: Summary) -> Section:
+    sides = {"the control": summary.control_in_pieces, "the target": summary.target_in_pieces}
+    return Section(
+        "Tokens that the other side has not, and spells in pieces",
+        ("of", "tokens", "of all", *(("uses", "of the text") if summary.uses else ())),
+        [
+            (side, *_count(*pieces.tokens), *(_count(*pieces.uses) if pieces.uses else ()))
+            for side, pieces in sides.items()
+        ],
+    )
+
+
+def _coarse_warning(control: Pieces) -> str:
+    if control.uses:
+        part, whole, hint = control.uses, "the control's tokens in this text", ""
+    else:
+        part, whole, hint = control.tokens, "its tokens", " --text FILE weighs them by use."
+    return _COARSE.format(share=show(_count(*part)[1]), whole=whole, hint=hint)
 
 
 def _count(count: int, whole: int) -> tuple[int, Share]:

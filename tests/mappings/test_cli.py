@@ -9,7 +9,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from trimtab_mappings import MappingTable, build_table
+import hand_made
+from trimtab_mappings import MappingTable, build_table, load_encoder
 from trimtab_mappings.cli import app
 
 TEXT = "The cat sat on the mat, and the dog didn't. hello world\n"
@@ -102,12 +103,57 @@ def test_show_weighs_a_table_by_a_text(path, text, gpt2_like):
     assert "The worst rows, by distance times uses" in run("show", path, "--text", text).stdout
 
 
-def test_show_finds_the_target_s_tokenizer_where_it_is_now(path, text, directories, tmp_path, gpt2_like):
-    gpt2_like.tokenizer.save_pretrained(tmp_path / "moved")
-    moved = found("show", path, "--text", text, "--target", tmp_path / "moved")
+@pytest.mark.parametrize("side", ["target", "control"])
+def test_show_finds_a_tokenizer_where_it_is_now(path, text, directories, tmp_path, side):
+    (tmp_path / "moved").symlink_to(directories[side])
+    moved = found("show", path, "--text", text, f"--{side}", tmp_path / "moved")
     assert moved == found("show", path, "--text", text)
-    refusal = run("show", path, "--text", text, "--target", directories["control"], status=2)
-    assert "its target is" in refusal.stderr
+    (other,) = (directory for name, directory in directories.items() if name != side)
+    refusal = run("show", path, "--text", text, f"--{side}", other, status=2)
+    assert f"its {side} is" in refusal.stderr
+
+
+@pytest.fixture
+def coarse(tmp_path):
+    """A table whose control has words whole that its target spells in letters, and its converse."""
+    sides = {"letters": hand_made.letters(), "words": hand_made.words()}
+    for name, side in sides.items():
+        side.tokenizer.save_pretrained(tmp_path / name)
+    encoders = {name: load_encoder(str(tmp_path / name)) for name in sides}
+    tables = {"coarser": ("letters", "words"), "finer": ("words", "letters")}
+    for name, (target, control) in tables.items():
+        table = build_table(encoders[target].vocabulary, encoders[control])
+        table.save(tmp_path / f"{name}.safetensors")
+    return {name: tmp_path / f"{name}.safetensors" for name in tables}
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_show_warns_of_a_coarser_control(coarse, tmp_path, weighed):
+    (tmp_path / "sure.txt").write_text("SureooSorry", encoding="utf-8")
+    options = ["--text", tmp_path / "sure.txt"] if weighed else []
+    output = run("show", coarse["coarser"], *options).stdout
+    share = "50.0% of the control's tokens in this text" if weighed else "53.3% of its tokens"
+    assert (
+        f"warning: the control's vocabulary is coarser than the target's, which spells {share} in" in output
+    )
+    assert ("--text FILE" in output) is not weighed
+    summary = found("show", coarse["coarser"], *options)
+    assert summary["coarser"] is True
+    uses = {"part": 2, "whole": 4} if weighed else None
+    assert summary["control_in_pieces"] == {"tokens": {"part": 8, "whole": 15}, "uses": uses}
+    run("show", coarse["coarser"], *options, "--html", tmp_path / "page.html")
+    assert f"which spells {share[:5]} of" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_show_does_not_warn_of_a_finer_control(coarse, tmp_path):
+    (tmp_path / "sure.txt").write_text("SureooSorry", encoding="utf-8")
+    for options in ([], ["--text", tmp_path / "sure.txt"]):
+        output = run("show", coarse["finer"], *options).stdout
+        assert "warning" not in output
+        assert "Tokens that the other side has not, and spells in pieces" in output
+        summary = found("show", coarse["finer"], *options)
+        assert (summary["coarser"], summary["control_in_pieces"]["tokens"]["part"]) == (False, 0)
+        assert summary["target_in_pieces"]["tokens"] == {"part": 8, "whole": 15}
 
 
 def test_show_needs_no_heavy_library(path):

@@ -7,7 +7,7 @@ import pytest
 
 import hand_made
 from trimtab_mappings import Kind, TableError, build_table
-from trimtab_mappings.inspection import Token, compare, count_tokens, look_up, summarize
+from trimtab_mappings.inspection import Part, Pieces, Token, compare, count_tokens, look_up, summarize
 
 
 @pytest.fixture(scope="module")
@@ -69,28 +69,80 @@ def test_the_worst_rows_come_first_and_exact_ones_never(table):
     assert len(summarize(table, worst=2).worst) == 2
 
 
-def test_uses_are_counted_in_the_target_s_own_tokens(table, target):
-    uses = count_tokens(table, target, ["Suretea", "tea", "q"])
+def test_uses_are_counted_in_each_side_s_own_tokens(table, target, control):
+    uses, control_uses = count_tokens(table, target, control, ["Suretea", "tea", "q"])
     named = {token: int(uses[row(table, token).target.id]) for token in ("Sure", "tea", "q", "S")}
     assert named == {"Sure": 1, "tea": 2, "q": 1, "S": 0}
     assert uses.sum() == 4
+    ids = control.vocabulary.ids
+    assert {token: int(control_uses[ids[token]]) for token in (b"S", b"ure", b"te", b"a")} == {
+        b"S": 1,
+        b"ure": 1,
+        b"te": 2,
+        b"a": 2,
+    }
+    assert control_uses.sum() == 6
 
 
-def test_with_uses_rows_weigh_as_often_as_they_occur(table, target):
-    uses = count_tokens(table, target, ["teateateaSure"])
+def test_with_uses_rows_weigh_as_often_as_they_occur(table, target, control):
+    uses = count_tokens(table, target, control, ["teateateaSure"])
     summary = summarize(table, uses)
     assert summary.uses._asdict() == {"exact": 0, "prefix": 4, "extension": 0, "role": 0, "none": 0}
     assert summary.distance_uses == {1: 4}
     assert [(found.target.bytes, found.uses) for found in summary.worst] == [(b"tea", 3), (b"Sure", 1)]
 
 
-def test_without_texts_nothing_is_used(table, target):
-    assert count_tokens(table, target, []).tolist() == [0] * len(table.mapping)
+def test_without_texts_nothing_is_used(table, target, control):
+    uses = count_tokens(table, target, control, [])
+    assert [side.tolist() for side in uses] == [[0] * len(table.mapping), [0] * len(table.control_tokens)]
+    assert not summarize(table, uses).coarser
 
 
-def test_uses_of_another_tokenizer_are_refused(table, control):
+def test_uses_of_another_tokenizer_are_refused(table, target, control):
     with pytest.raises(TableError, match="its target is 'the-target'"):
-        count_tokens(table, control, ["a"])
+        count_tokens(table, control, control, ["a"])
+    with pytest.raises(TableError, match="its control is 'the-control'"):
+        count_tokens(table, target, target, ["a"])
+
+
+def test_tokens_of_either_side_that_the_other_has_not_whole_are_counted(table, target, control):
+    summary = summarize(table)
+    # m, ur, ure, Sur, teams; and Su, re, Sure, tea, q and two bytes
+    assert summary.control_in_pieces == Pieces(tokens=Part(5, 12), uses=None)
+    assert summary.target_in_pieces == Pieces(tokens=Part(7, 14), uses=None)
+    # the control says S, ure, te, a and te, a; the target Sure, tea and tea
+    summary = summarize(table, count_tokens(table, target, control, ["Suretea", "tea"]))
+    assert summary.control_in_pieces == Pieces(tokens=Part(5, 12), uses=Part(1, 6))
+    assert summary.target_in_pieces == Pieces(tokens=Part(7, 14), uses=Part(3, 3))
+
+
+def test_a_vocabulary_has_all_its_own_tokens_whole(any_family):
+    summary = summarize(build_table(any_family.vocabulary, any_family.encoder))
+    assert summary.control_in_pieces.tokens.part == summary.target_in_pieces.tokens.part == 0
+    assert not summary.coarser
+
+
+def test_a_control_is_coarser_where_the_target_spells_most_of_its_tokens_in_pieces():
+    fine, coarse = hand_made.letters(), hand_made.words()
+    assert summarize(build_table(fine.vocabulary, coarse)).control_in_pieces.tokens == Part(8, 15)
+    assert summarize(build_table(fine.vocabulary, coarse)).coarser
+    assert not summarize(build_table(coarse.vocabulary, fine)).coarser
+
+
+def test_with_a_text_a_control_is_coarser_where_its_uses_are_in_pieces():
+    fine, coarse = hand_made.letters(), hand_made.words()
+    table = build_table(fine.vocabulary, coarse)
+    pieces = {
+        share: summarize(table, count_tokens(table, fine, coarse, ["Sure" + "o" * rest]))
+        for share, rest in {"1 of 20": 19, "1 of 19": 18}.items()
+    }
+    assert {share: summary.coarser for share, summary in pieces.items()} == {
+        "1 of 20": False,
+        "1 of 19": True,
+    }
+    assert pieces["1 of 19"].control_in_pieces == Pieces(tokens=Part(8, 15), uses=Part(1, 19))
+    converse = build_table(coarse.vocabulary, fine)
+    assert not summarize(converse, count_tokens(converse, coarse, fine, ["Sure"])).coarser
 
 
 def test_a_lookup_names_the_segment_and_the_neighbours_nearest_first(table, control):
