@@ -1,8 +1,8 @@
 """Which mapping strategy names the control's own next token most often, for real and trained tokenizers.
 
 Tokenizers are trained on the first texts, and all tables are scored on the others: see `trimtab map score`.
-Beside it, the share of the control's tokens, and of their uses, that the target spells in pieces: see `trimtab map
-show`.
+Beside it, the share of the control's tokens, and of their uses, that the target spells in pieces, as in
+`trimtab map show`.
 """
 
 from __future__ import annotations
