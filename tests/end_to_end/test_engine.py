@@ -11,6 +11,7 @@ import json
 import re
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import tiny
 from engines import Engine, engine
 from reference import Model, PathReference, Reference
 from tiny import sentences
-from trimtab_processors.pack import Component, Pack
+from trimtab_processors.pack import DEFAULT_ROUTING, Component, Pack
 from trimtab_processors.settings import DEFAULT_KL_EVERY
 
 pytestmark = pytest.mark.engine
@@ -49,11 +50,14 @@ class World:
     target: Path
     controls: dict[str, Path]
     references: dict[str, Reference]
-    """By control; of a routing, by control and routing."""
+    """By control and routing."""
 
     @property
     def model(self) -> Model:
-        return self.references["other"].target
+        return self.references["other pm-mined"].target
+
+    def control(self, name: str) -> Model:
+        return self.references[f"{name} pm-mined"].control
 
 
 @pytest.fixture(scope="module")
@@ -74,21 +78,23 @@ def world(family, tmp_path_factory):
     Pack(name="pair", components=components).save(places["pair"])
     places["other"] = family.control
     target, models = Model(family.b), {name: Model(place) for name, place in places.items()}
+    controls = {
+        "other": (models["other"], {}),
+        "chars": (models["chars"], {"window": WINDOW}),
+        "bytes": (models["bytes"], {}),
+        "pair": (models["pair"], {"parts": [(models["pair"], 1.5), (models["anti"], -0.5)]}),
+    }
+    routings = {
+        "pm-mined": Reference,
+        "path": PathReference,
+        "path-2x2": partial(PathReference, beam=2, depth=2),
+    }
     references = {
-        "other": Reference(target, models["other"]),
-        "chars": Reference(target, models["chars"], window=WINDOW),
-        "bytes": Reference(target, models["bytes"]),
-        "pair": Reference(target, models["pair"], parts=[(models["pair"], 1.5), (models["anti"], -0.5)]),
+        f"{control} {routing}": make(target, model, **options)
+        for control, (model, options) in controls.items()
+        for routing, make in routings.items()
     }
-    paths = {"path": {}, "path-2x2": {"beam": 2, "depth": 2}}
-    by_path = {
-        f"{name} {routing}": PathReference(
-            target, reference.control, parts=reference.parts, window=reference.window, **options
-        )
-        for name, reference in references.items()
-        for routing, options in paths.items()
-    }
-    return World(family.b, {name: places[name] for name in references}, references | by_path)
+    return World(family.b, {name: places[name] for name in controls}, references)
 
 
 def plugin(world: World, directory: Path) -> dict[str, Any]:
@@ -181,7 +187,7 @@ def long_prompt(world: World, length: int) -> list[int]:
 
 
 def own_prompt(world: World, control: str, text: str = "Bo said to me:") -> list[int]:
-    return world.references[control].control.tokenizer.encode(text)
+    return world.control(control).tokenizer.encode(text)
 
 
 def ask_for(world: World, control: str, prompt: list[int], **options: Any) -> Ask:
@@ -191,7 +197,7 @@ def ask_for(world: World, control: str, prompt: list[int], **options: Any) -> As
 def expected_logits(world: World, ask: Ask, output: list[int]) -> list[torch.Tensor]:
     if ask.control is None:
         return [world.model.logits(ask.prompt + output[:position]) for position in range(len(output))]
-    reference = world.references[f"{ask.control} {ask.routing}" if ask.routing else ask.control]
+    reference = world.references[f"{ask.control} {ask.routing or DEFAULT_ROUTING}"]
     return list(
         reference.logits(ask.prompt, ask.own, ask.strength, output, top_k=ask.top_k, allowed=ask.allowed)
     )
@@ -226,7 +232,7 @@ def test_requests_that_join_and_leave_are_preempted_and_share_a_step_with_other_
         control = (*CONTROLS, None)[number % 5]
         options = {"tokens": 20 + 3 * number, "body": {"ignore_eos": True}}
         strength = (1.0, -1.0, 0.5)[number % 3]
-        options["routing"] = (None, "path", "path-2x2")[number % 3]
+        options["routing"] = ("pm-mined", "path", "path-2x2")[number % 3]
         asks.append(
             ask_for(world, control, prompt, strength=strength, **options)
             if control
@@ -402,7 +408,7 @@ def _is_text(data: bytes | None) -> bool:
         return False
 
 
-@pytest.mark.parametrize("routing", [None, "path"])
+@pytest.mark.parametrize("routing", ["pm-mined", "path"])
 def test_a_context_past_the_window_keeps_its_beginning_and_its_end(world, server, routing):
     """A control with a window of 64 steers an answer of 150 tokens, and says that it forgot."""
     before = server.metric("trimtab_context_truncations_total", control="chars")
@@ -417,7 +423,7 @@ def test_without_a_prompt_of_its_own_a_control_reads_the_text_of_the_targets(wor
     """As without the gateway."""
     prompt = prompts(world, 1, seed=14)[0]
     ask = Ask(prompt, control, tokens=12)
-    own = world.references[control].control.tokenizer.encode(world.model.tokenizer.decode(prompt))
+    own = world.control(control).tokenizer.encode(world.model.tokenizer.decode(prompt))
     check(world, Ask(prompt, control, own=own, tokens=12), *complete(server, ask))
 
 
@@ -425,7 +431,7 @@ def test_a_prompt_of_one_special_token_is_no_text_for_the_control(world, server)
     """The control begins with its own beginning of a text."""
     prompt = [world.model.tokenizer.bos_token_id]
     ask = Ask(prompt, "other", tokens=12)
-    own = [world.references["other"].control.tokenizer.bos_token_id]
+    own = [world.control("other").tokenizer.bos_token_id]
     check(world, Ask(prompt, "other", own=own, tokens=12), *complete(server, ask))
 
 
@@ -467,7 +473,7 @@ def test_the_shifts_of_several_controls_are_summed(world, server):
         choices = api.completions.create(**request).choices
     output = choices[0].token_ids
     text = world.model.tokenizer.decode(prompt)
-    own["pair"] = world.references["pair"].control.tokenizer.encode(text)
+    own["pair"] = world.control("pair").tokenizer.encode(text)
     added = torch.zeros(len(output), len(world.model.logits(prompt)))
     plain = expected_logits(world, ask, output)
     for name, strength, top_k in given:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import pytest
 from openai import AsyncOpenAI
 
-from reference import Model, Reference
+from reference import Model, PathReference, Reference
 from tiny import sentences
+from trimtab_processors.pack import DEFAULT_ROUTING
 
 PROMPTS, TOKENS, AT_ONCE = 48, 64, 16
 STRENGTHS = (None, 0.5, 1.0, 1.5)
+ROUTINGS = (None, "path", "pm-mined")
 TIE = 1e-4
 TIES_ALLOWED = 0.002
 
@@ -25,6 +27,7 @@ class Ask:
     chat: bool
     stream: bool
     strength: float | None
+    routing: str | None = None
 
     @property
     def messages(self):
@@ -32,13 +35,17 @@ class Ask:
 
     @property
     def control(self):
-        return False if self.strength is None else {"name": "control", "strength": self.strength}
+        if self.strength is None:
+            return False
+        return {"name": "control", "strength": self.strength, "routing": self.routing}
 
 
 def asks() -> list[Ask]:
-    """Every combination of endpoint, streaming and strength, three times."""
-    texts = list(sentences(PROMPTS, seed=11))
-    return [Ask(t, i % 2 == 0, i // 2 % 2 == 0, STRENGTHS[i // 4 % 4]) for i, t in enumerate(texts)]
+    """Every combination of endpoint, streaming and strength, under each routing and the default."""
+    return [
+        Ask(text, i % 2 == 0, i // 2 % 2 == 0, STRENGTHS[i // 4 % 4], ROUTINGS[i // 16])
+        for i, text in enumerate(sentences(PROMPTS, seed=11))
+    ]
 
 
 async def token_ids(client: AsyncOpenAI, model: str, ask: Ask) -> list[int]:
@@ -86,9 +93,11 @@ def prompt_ids(model: Model, ask: Ask) -> list[int]:
 def test_every_token_of_a_mixed_batch_is_that_of_the_reference(server, family, name, record_property):
     """Greedy, 48 prompts of up to 64 tokens, 16 at once, controlled and uncontrolled mixed."""
     given = asyncio.run(answers(server, name))
-    reference = Reference(Model(family.targets[name]), Model(family.control))
+    models = Model(family.targets[name]), Model(family.control)
+    references = {"pm-mined": Reference(*models), "path": PathReference(*models)}
     compared = ties = 0
     for ask, tokens in zip(asks(), given, strict=True):
+        reference = references[ask.routing or DEFAULT_ROUTING]
         own, prompt = prompt_ids(reference.control, ask), prompt_ids(reference.target, ask)
         assert len(tokens) == TOKENS or tokens[-1] == reference.target.tokenizer.eos_token_id
         for token, step in zip(tokens, reference.steps(prompt, own, ask.strength or 0, tokens), strict=True):

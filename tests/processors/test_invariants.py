@@ -21,7 +21,7 @@ from trimtab_processors.vllm_v1 import ControlProcessor
 
 STEPS = 12
 PLENTY = 2**21
-ROUTINGS = [None, "path", "path-2x2"]
+ROUTINGS = ["pm-mined", "path", "path-2x2"]
 STRENGTHS = [None, 0.0, 0.5, 1.0, -1.5, 3.0]
 
 
@@ -47,7 +47,7 @@ class Steered:
         models = Model(family.targets[name]), Model(family.control)
         self.reference = Reference(*models, window=CONTEXT)
         self.references = {
-            None: self.reference,
+            "pm-mined": self.reference,
             "path": PathReference(*models, window=CONTEXT),
             "path-2x2": PathReference(*models, window=CONTEXT, beam=2, depth=2),
         }
@@ -211,7 +211,7 @@ def test_a_row_whose_control_is_not_finite_is_left_alone_and_counted_once(steere
         complete(sequence, row)
 
     with patch.object(CachedSequence, "complete", complete_or_break):
-        for batch in history(steered, data, routings=[None]):
+        for batch in history(steered, data, routings=["pm-mined"]):
             logits = logits_of(steered, data, batch.rows)
             shifted = steered.processor.apply(logits.clone())
             requests = {row: request for row, (request,) in steered.processor._requests.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from functools import partial
 from unittest.mock import patch
 
@@ -15,7 +16,10 @@ from trimtab_mappings import load_vocabulary
 from trimtab_processors import metrics
 from trimtab_processors.alignment import common_prefix
 from trimtab_processors.control import Target
+from trimtab_processors.pack import DEFAULT_ROUTING, Pack
 from trimtab_processors.parameters import Parameters
+from trimtab_processors.path_routing import PathRouting
+from trimtab_processors.routing import PmMined
 from trimtab_processors.runtime import Request, Runtime
 
 TOKENS = 40
@@ -49,12 +53,12 @@ class Engine:
             output.append(token)
 
 
-def make_runtime(family: Family, name: str, tables, **options) -> Runtime:
+def make_runtime(family: Family, name: str, tables, control=None, **options) -> Runtime:
     model = Model(family.targets[name])
     target = Target(
         name, load_vocabulary(str(family.targets[name])), model.network.config.vocab_size, torch.device("cpu")
     )
-    return Runtime(target, {"control": str(family.control)}, tables=tables, **options)
+    return Runtime(target, {"control": str(control or family.control)}, tables=tables, **options)
 
 
 ROUTINGS = {
@@ -125,6 +129,30 @@ def test_a_context_past_the_window_keeps_its_beginning_and_its_end(family, tmp_p
         torch.testing.assert_close(request.row, plain.logits([bos, *whole[start:]]), atol=2e-4, rtol=1e-4)
         output.append(token)
     assert len(whole) > CONTEXT
+
+
+@pytest.mark.parametrize(
+    ("said", "routing"),
+    [
+        ((None, None, None), DEFAULT_ROUTING),
+        (("path-1x2", None, None), "path-1x2"),
+        (("path", "pm-mined", None), "pm-mined"),
+        (("pm-mined", "path-2x1", None), "path-2x1"),
+        (("pm-mined", "pm-mined", "path"), "path"),
+        (("path", "path", "pm-mined"), "pm-mined"),
+    ],
+)
+def test_a_requests_routing_goes_before_the_models_and_that_before_the_packs(family, tmp_path, said, routing):
+    pack, model, asked = said
+    directory = tmp_path / "control"
+    shutil.copytree(family.control, directory)
+    Pack(routing=pack).save(directory)
+    runtime = make_runtime(family, "b", tmp_path, control=directory, routing=model)
+    request = runtime.open(Parameters(control="control", routing=asked), [5], [])
+    control = runtime._controls["control"]
+    assert request.routing is control.routing_of(Parameters(control="control", routing=routing))
+    assert isinstance(request.routing, PmMined if routing == "pm-mined" else PathRouting)
+    assert control.describe()["mapping"]["routing"] == (model or pack or DEFAULT_ROUTING)
 
 
 def test_what_was_looked_ahead_at_is_not_computed_again_when_it_is_said(family, tmp_path):

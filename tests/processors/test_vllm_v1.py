@@ -38,11 +38,12 @@ def test_rows_follow_their_requests_through_every_change_of_the_batch(family, tm
     processor = ControlProcessor(config, torch.device("cpu"), False)
     target = Model(family.b)
     control = Model(family.control)
-    references = {None: Reference(target, control), "path": PathReference(target, control)}
+    references = {"pm-mined": Reference(target, control), "path": PathReference(target, control)}
     rng, batch = random.Random(0), Batch(processor)
     prompts = [target.tokenizer.encode(text) for text in sentences(14, seed=3)]
     waiting = [
-        Job(p, rng.choice([None, 0.5, 1.0, 1.5]), [], routing=rng.choice([None, "path"])) for p in prompts
+        Job(p, rng.choice([None, 0.5, 1.0, 1.5]), [], routing=rng.choice(["pm-mined", "path"]))
+        for p in prompts
     ]
     jobs, preempted = list(waiting), []
     while waiting or preempted or batch.rows:
