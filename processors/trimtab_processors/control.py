@@ -60,9 +60,19 @@ class Control:
         cache_bytes: int,
         neutral: bool,
         routing: str | None,
+        runner_routing: str = DEFAULT_ROUTING,
     ) -> None:
-        """Load the pack at `location` and its mapping table, which is built where `tables` has none; see
-        `Runtime` for the rest.
+        """Load the pack at `location` and its mapping table, which is built where `tables` has none.
+
+        Args:
+            name: what requests call it.
+            location: a directory or a hub id.
+            target: the model that is steered.
+            tables: the directory of mapping tables.
+            cache_bytes: the size of its pool of keys and values, in bytes.
+            neutral: how unmapped tokens are shifted, see `PmMined`.
+            routing: the name of the one for requests that do not say; None: the pack's own.
+            runner_routing: that of the model's runner, where the pack does not say either.
 
         Raises:
             PackError, VocabularyError: the pack can't be used; the message names it and the reason.
@@ -99,7 +109,7 @@ class Control:
         self.aligner = Aligner(target.vocabulary, encoder, table)
         self.max_context = min(part.model.max_context for part in self.parts)
         self.pm_mined = PmMined(table.mapping, target.width, neutral=neutral, device=target.device)
-        self.default_routing = routing or pack.routing or DEFAULT_ROUTING
+        self.default_routing = routing or pack.routing or runner_routing
         """The name of the one that a request gets which does not say."""
         self._routings: dict[str, Routing] = {PM_MINED: self.pm_mined}
         self._spellings = Spellings(

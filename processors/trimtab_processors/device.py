@@ -495,6 +495,7 @@ class DeviceRuntime:
             cache_bytes=cache_bytes,
             neutral=neutral,
             routing=routing,
+            runner_routing=PM_MINED,
         )
         self._controls: dict[str, DeviceControl] = {}
         for name, location in controls.items():

@@ -16,7 +16,8 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_STRENGTH = 10.0
 
 PM_MINED = "pm-mined"
-DEFAULT_ROUTING = PM_MINED
+DEFAULT_ROUTING = "path"
+"""Where nobody says which, but for vLLM's V2 model runner."""
 ONLY_PM_MINED = f"vLLM's V2 model runner has only {PM_MINED!r}: say so, or take its V1 model runner"
 ROUTING_PATTERN = r"^(pm-mined|path(-[1-4]x[1-4])?)$"
 """`path-2x3` expands 2 nodes in each of 3 rounds; `path`, 1 in 1."""

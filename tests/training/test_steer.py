@@ -21,7 +21,7 @@ def test_a_batch_generates_what_the_reference_generates_one_by_one(family, name,
     prompts = [target.tokenizer.encode(prompt) for prompt in PROMPTS]
     own = [control.tokenizer.encode(prompt) for prompt in PROMPTS]
     texts = Steered(target, control).generate(prompts, own, strength=strength, max_tokens=TOKENS)
-    reference = Reference(Model(family.targets[name]), Model(family.control))
+    reference = PathReference(Model(family.targets[name]), Model(family.control))
     assert texts == [_greedy(reference, *each, strength) for each in zip(prompts, own, strict=True)]
 
 

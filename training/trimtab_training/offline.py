@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from trimtab_processors.pack import DEFAULT_ROUTING
 from trimtab_training.data import Item
 from trimtab_training.evaluate import Question
 from trimtab_training.steer import Steered, load
@@ -15,7 +16,7 @@ from trimtab_training.world import World
 class Offline:
     """The base model `model` of a world under the world's control."""
 
-    def __init__(self, world: World, model: str, routing: str = "pm-mined") -> None:
+    def __init__(self, world: World, model: str, routing: str = DEFAULT_ROUTING) -> None:
         """Args: routing: one of `steer.ROUTINGS`."""
         target, control = load(world.models[model]), load(world.control)
         self._target, self._control = target.tokenizer, control.tokenizer

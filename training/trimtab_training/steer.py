@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel,
 from trimtab_mappings import ByteEncoder, MappingTable, build_table, load_tokenizer, read_vocabulary
 from trimtab_processors.alignment import Aligner, Alignment
 from trimtab_processors.control import MOST_LOOKAHEAD
-from trimtab_processors.pack import PM_MINED, beam_of
+from trimtab_processors.pack import DEFAULT_ROUTING, PM_MINED, beam_of
 from trimtab_processors.path_routing import PathRouting, Spellings
 from trimtab_processors.routing import PmMined, Routing
 from trimtab_training.data import Item, pad
@@ -101,7 +101,7 @@ def contexts_before(aligner: Aligner, prompt: Sequence[int], tokens: Sequence[in
 class Steered:
     """A target, and a control that is applied to it through a mapping table."""
 
-    def __init__(self, target: Loaded, control: Loaded, routing: str = "pm-mined") -> None:
+    def __init__(self, target: Loaded, control: Loaded, routing: str = DEFAULT_ROUTING) -> None:
         """Args: routing: one of `ROUTINGS`."""
         strategy, name = ROUTINGS[routing]
         self._target = target
