@@ -1,4 +1,4 @@
-"""The time of `apply` under each routing: it comes behind the target's logits, so that nothing hides it.
+"""The time that each routing adds behind the target's logits, where nothing hides it: its part of `apply`.
 
 Targets have so many of tekken's tokens and, past its 131,072, these with an ending; the control has those of
 Mistral v1. Rows are random, so that each request expands a node of the trie at random; `largest` expands for

@@ -15,12 +15,13 @@ from tiny import Family
 from trimtab_processors.vllm_v1 import ControlProcessor
 
 
-def configuration(family: Family, name: str, tables: Path, *, control_cpus=(), **overrides):
+def configuration(family: Family, name: str, tables: Path, *, control_cpus=(), routing=None, **overrides):
     """As much of a VllmConfig as the adapter reads."""
     plugin = {
         "controls": {"control": str(family.control)},
         "tables": str(tables),
         "control_cpus": list(control_cpus),
+        "routing": routing,
     }
     model = SimpleNamespace(
         served_model_name=name,

@@ -116,6 +116,7 @@ class Reference:
         self.target, self.control = target, control
         self.parts = parts or [(control, 1.0)]
         self.window = window
+        self.neutral = True
         self.mapping = pm_mined(target, control)
         self.plain = Tokenizer.from_str(control.tokenizer.backend_tokenizer.to_str())
         if isinstance(self.plain.pre_tokenizer, Metaspace):
@@ -195,7 +196,7 @@ class Reference:
     def routed(self, row: torch.Tensor, mapping: list[int]) -> torch.Tensor:
         routed = torch.full((self.target.network.config.vocab_size,), -1)
         routed[: len(mapping)] = torch.tensor(mapping)
-        neutral = row[routed[routed >= 0]].mean()
+        neutral = row[routed[routed >= 0]].mean() * self.neutral
         return torch.where(routed >= 0, row[routed], neutral)
 
     def shift(self, context: list[int], strength: float, logits: torch.Tensor) -> torch.Tensor:
@@ -254,7 +255,8 @@ class PathReference(Reference):
         self.beam, self.depth = beam, depth
         limit = min(16, min(window, control.network.config.max_position_embeddings) // 4)
         self.nodes = {node for node in self.passing if len(node) <= limit and self.decides(node)}
-        self.window = window - max(map(len, self.nodes), default=0)
+        within_reach = (node for node in self.nodes if self.level(node) < depth)
+        self.window = window - max(map(len, within_reach), default=0)
 
     @cached_property
     def spellings(self) -> dict[int, Spelling]:
@@ -284,6 +286,10 @@ class PathReference(Reference):
     def decides(self, node: Spelling) -> bool:
         """Whether those that pass it do not all go on in one way."""
         return len({self.next_piece(token, node) for token in self.passing[node]}) > 1
+
+    def level(self, node: Spelling) -> int:
+        """How many nodes are on the way to it."""
+        return sum(node[:length] in self.nodes for length in range(1, len(node)))
 
     def above(self, node: Spelling) -> Spelling:
         """The nearest node on the way to it; empty for the root."""

@@ -89,8 +89,11 @@ def trie_fault(trie: Trie, lengths: NDArray[np.int64]) -> str | None:
         return "the columns of the trie's nodes are of different lengths"
     inside = (trie.starts >= 0) & (trie.starts < trie.ends) & (trie.ends <= len(tokens))
     above = (trie.parents >= ROOT) & (trie.parents < np.arange(nodes))
-    if not (inside & above & (trie.depths > 0) & (trie.children > 0)).all():
+    counted = (trie.children > 0) & (trie.children <= trie.ends - trie.starts)
+    if not (inside & above & counted).all():
         return "the trie's nodes are not nodes of its tokens"
+    if not (trie.depths > np.append(trie.depths, 0)[trie.parents]).all():
+        return "the trie's nodes are not deeper than those above them"
     if (lengths[tokens[trie.starts]] < trie.depths).any():
         return "the trie's nodes are deeper than the spellings that pass them"
     return None

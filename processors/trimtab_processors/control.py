@@ -11,7 +11,7 @@ from torch import Tensor
 from trimtab_mappings import Vocabulary, cached_table, load_encoder, load_vocabulary
 from trimtab_processors.alignment import Aligner
 from trimtab_processors.model import CachedSequence, ControlModel
-from trimtab_processors.pack import DEFAULT_ROUTING, PM_MINED, PackError, beam_of, load_pack
+from trimtab_processors.pack import DEFAULT_ROUTING, PATH, PM_MINED, PackError, beam_of, load_pack
 from trimtab_processors.path_routing import PathRouting, Spellings
 from trimtab_processors.routing import PmMined, Routing
 
@@ -111,14 +111,15 @@ class Control:
         self.pm_mined = PmMined(table.mapping, target.width, neutral=neutral, device=target.device)
         self.default_routing = routing or pack.routing or runner_routing
         """The name of the one that a request gets which does not say."""
-        self._routings: dict[str, Routing] = {PM_MINED: self.pm_mined}
-        self._spellings = Spellings(
+        spellings = Spellings(
             table,
             target.width,
             longest=min(MOST_LOOKAHEAD, self.max_context // 4),
             neutral=neutral,
             device=target.device,
         )
+        beam = beam_of(PATH if self.default_routing == PM_MINED else self.default_routing)
+        self._path = PathRouting(spellings, *beam)
         self._beginning = [*vocabulary.roles.get("bos", ()), *vocabulary.roles.get("eos", ())]
 
     def describe(self) -> dict[str, Any]:
@@ -142,9 +143,7 @@ class Control:
     def routing_of(self, parameters: Parameters) -> Routing:
         """How the shift that a request gets reaches the target's tokens."""
         name = parameters.routing or self.default_routing
-        if name not in self._routings:
-            self._routings[name] = PathRouting(self._spellings, *beam_of(name))
-        return self._routings[name]
+        return self.pm_mined if name == PM_MINED else self._path
 
     def prompt(self, target_prompt: Sequence[int], own: Sequence[int] | None) -> list[int]:
         """The control's prompt: `own` where a client has rendered it, else the text of the target's prompt.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -15,8 +15,8 @@ MANIFEST = "trimtab.json"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_STRENGTH = 10.0
 
-PM_MINED = "pm-mined"
-DEFAULT_ROUTING = "path"
+PM_MINED, PATH = "pm-mined", "path"
+DEFAULT_ROUTING = PATH
 """Where nobody says which, but for vLLM's V2 model runner."""
 ONLY_PM_MINED = f"vLLM's V2 model runner has only {PM_MINED!r}: say so, or take its V1 model runner"
 ROUTING_PATTERN = r"^(pm-mined|path(-[1-4]x[1-4])?)$"
@@ -32,8 +32,7 @@ def _not_reserved(name: str) -> str:
     return name
 
 
-def known_routing(name: str) -> str:
-    """`name`, where it is that of a routing; else a ValueError says which there are."""
+def _known_routing(name: str) -> str:
     if not re.fullmatch(ROUTING_PATTERN, name):
         raise ValueError(f"no routing {name[:80]!r}, there is: pm-mined, path, and path-1x1 to path-4x4")
     return name
@@ -41,16 +40,20 @@ def known_routing(name: str) -> str:
 
 def beam_of(routing: str) -> tuple[int, int]:
     """The nodes that a path routing expands at once, and its rounds."""
-    beam, _, depth = routing.removeprefix("path").removeprefix("-").partition("x")
+    beam, _, depth = routing.removeprefix(PATH).removeprefix("-").partition("x")
     return int(beam or 1), int(depth or 1)
 
 
 ControlName = Annotated[str, Field(pattern=NAME_PATTERN), AfterValidator(_not_reserved)]
 Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)]
 RoutingName = Annotated[
-    str, AfterValidator(known_routing), Field(json_schema_extra={"pattern": ROUTING_PATTERN})
+    str, AfterValidator(_known_routing), Field(json_schema_extra={"pattern": ROUTING_PATTERN})
 ]
-"""How shifts reach the target's tokens."""
+"""How shifts reach the target's tokens, as packs and configurations say."""
+RequestRouting = Literal["pm-mined", "path"]
+"""The same as requests say. How many nodes `path` expands, for which every request of a step has to wait, is
+not theirs to choose.
+"""
 
 
 class PackError(ValueError):

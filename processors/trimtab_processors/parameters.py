@@ -6,11 +6,11 @@ vLLM's front end loads this module for every server, so it imports neither torch
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
 
-from trimtab_processors.pack import ControlName, RoutingName, Strength, known_routing
+from trimtab_processors.pack import ControlName, RequestRouting, Strength
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ class Parameters(BaseModel):
 
     It keeps a control from lifting nonsense through a mapping that is only near (as UniTE and ULD do).
     """
-    routing: RoutingName | None = None
+    routing: RequestRouting | None = None
     """How the shift reaches the target's tokens; None: as the engine is set up."""
 
 
@@ -56,7 +56,7 @@ def _listed(value: Any) -> Any:
 
 _AtMost = Field(min_length=1, max_length=MAX_CONTROLS)
 _Lengths = Annotated[StrictInt, Field(ge=_NO_PROMPT)]
-_Routings = Annotated[str, AfterValidator(lambda name: name and known_routing(name))]
+_Routings = Literal["pm-mined", "path", ""]
 _TopKs = Annotated[StrictInt, Field(ge=_NO_TOP_K, le=MAX_TOP_K)]
 
 

@@ -74,8 +74,6 @@ class Spellings:
         self.first = PmMined(first, width, neutral=neutral, device=device)
         """Gives each token the shift of the first token of its spelling."""
         self._table = table
-        self.longest = int(trie.depths[fits].max(initial=0))
-        """The length of the longest partial spelling that is used."""
         self.entries = placed(table.segment_ids[table.segment_offsets[passing] + above])
         """int64 [n]: the control token with which the nearest node above goes on to this one."""
         self.parents = placed(np.where(fits, trie.parents, _UNUSED))
@@ -85,6 +83,14 @@ class Spellings:
         self._tokens = placed(trie.tokens)
         self._segment_offsets, self._segment_ids = placed(table.segment_offsets), placed(table.segment_ids)
         self._control_tokens = len(table.control_offsets) - 1
+
+    def lookahead(self, rounds: int) -> int:
+        """The length of the longest partial spelling that is reached in so many rounds."""
+        above, reached = self.parents, torch.zeros_like(self.parents, dtype=torch.bool)
+        for _ in range(rounds):
+            reached |= above == ROOT
+            above = torch.where(above >= 0, self.parents[above], above)
+        return int(torch.where(reached, self._depths, 0).max()) if len(reached) else 0
 
     def path(self, node: int) -> list[int]:
         """The partial spelling that ends at a node, in control tokens."""
@@ -110,13 +116,10 @@ class Spellings:
         columns = torch.where(ends, rows.shape[1], going_on)
         others = torch.cat((rows, rows.new_zeros(len(rows), 1)), dim=1)
         others[owners, columns] = -torch.inf
-        ending = others[:, : self._control_tokens].logsumexp(dim=1) - self._others(nodes).log()
+        count = min(self._control_tokens, rows.shape[1])  # a model may have fewer logits
+        ending = others[:, :count].logsumexp(dim=1) - (count - self._children[nodes]).log()
         values = torch.cat((rows, ending[:, None]), dim=1)[owners, columns]
         return Expanded(owners, tokens, values)
-
-    def _others(self, nodes: Tensor) -> Tensor:
-        """int64 [e]: with how many of the control's tokens nothing goes on."""
-        return self._control_tokens - self._children[nodes]
 
 
 class PathRouting:
@@ -139,24 +142,27 @@ class PathRouting:
             beam: how many nodes a round expands.
             depth: how many rounds there are; one may expand what is below the nodes of those before.
         """
-        self.lookahead = spellings.longest
+        self.lookahead = spellings.lookahead(depth)
         self._spellings = spellings
-        self._beam, self._depth = min(beam, len(spellings.parents)), depth
+        self.beam, self.depth = beam, depth
 
     def route(self, rows: Tensor, strengths: Tensor, further: Further) -> PathShift:
         nodes, expanded = self._spellings, []
         entered = rows.index_select(1, nodes.entries)
         sums = torch.where(nodes.parents == ROOT, entered, -torch.inf)
-        for _ in range(self._depth if self.lookahead else 0):
-            best = sums.topk(self._beam, dim=1)
-            for rank in reversed(range(self._beam)):  # the best last, for the next step may go on from it
+        for rest in reversed(range(self.depth if self.lookahead else 0)):
+            best = sums.topk(min(self.beam, sums.shape[1]), dim=1)
+            for rank in reversed(
+                range(best.values.shape[1])
+            ):  # the best last, for the next step may go on from it
                 places = best.values[:, rank].isfinite().nonzero()[:, 0]
                 chosen = best.indices[places, rank]
                 paths = map(nodes.path, chosen.tolist())
                 if len(places):
                     more = further([*zip(places.tolist(), paths, strict=True)])
                     expanded.append((places, nodes.expand(chosen, more * strengths[places, None])))
-                    self._reach(sums, places, chosen, more)
+                    if rest:
+                        self._reach(sums, places, chosen, more)
         return PathShift(*scaled(nodes.first.shift(rows), strengths), expanded)
 
     def _reach(self, sums: Tensor, places: Tensor, chosen: Tensor, rows: Tensor) -> None:
@@ -213,6 +219,5 @@ class PathShift:
         """float32 [nodes]: the logarithm of the sum of exp(`terms`), float32 [m], of each node."""
         most = terms.new_full((self._count,), -torch.inf)
         most = most.scatter_reduce(0, self._nodes, terms, "amax")
-        most = torch.where(most.isfinite(), most, 0.0)
         sums = torch.zeros_like(most).index_add_(0, self._nodes, (terms - most[self._nodes]).exp())
         return sums.log() + most

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trimtab_mappings import VocabularyError
-from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED, Pack, PackError, load_pack
+from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED, Pack, PackError, RequestRouting, load_pack
 from trimtab_processors.parameters import PREFIX, Parameters, to_xargs
 from trimtab_server.errors import BadRequestError, PromptTooLongError
 from trimtab_server.prompts import Prompter, load_prompter
@@ -62,7 +62,7 @@ class Choice:
     strength: float
     top_k: int | None = None
     """Only so many of the target's likeliest tokens are shifted; None: all of them."""
-    routing: str | None = None
+    routing: RequestRouting | None = None
     """How the shift reaches the target's tokens; None: as the worker is set up."""
 
     def __str__(self) -> str:
@@ -121,6 +121,7 @@ class Catalogue:
         self._controls = dict(controls)
         self._limit = settings.limits.controls_per_request
         self._defaults = {name: model.default_control for name, model in settings.models.items()}
+        self._runners = {name: model.runner for name, model in settings.models.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._controls
@@ -207,6 +208,8 @@ class Catalogue:
                 param=FIELD,
                 code="control_not_found",
             )
+        if selection.routing not in (None, PM_MINED) and self._runners[model] == "v2":
+            raise BadRequestError(f"routing {selection.routing!r}: {ONLY_PM_MINED}", param=FIELD)
         strength = control.pack.strength if selection.strength is None else selection.strength
         return Choice(control, strength, selection.top_k, selection.routing)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trimtab_processors.pack import MAX_STRENGTH, ROUTING_PATTERN, ControlName
+from trimtab_processors.pack import MAX_STRENGTH, ControlName, RequestRouting
 from trimtab_processors.parameters import MAX_TOP_K
 from trimtab_server.selection import HEADER
 
@@ -71,7 +71,7 @@ _CONTROL_OBJECT: dict[str, Any] = {
         "name": {"type": "string"},
         "strength": {"type": ["number", "null"], "minimum": -MAX_STRENGTH, "maximum": MAX_STRENGTH},
         "top_k": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_TOP_K},
-        "routing": {"type": ["string", "null"], "pattern": ROUTING_PATTERN},
+        "routing": {"enum": [*get_args(RequestRouting), None]},
     },
 }
 _CONTROL: dict[str, Any] = {

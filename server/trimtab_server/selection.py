@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trimtab_processors.pack import RoutingName, Strength
+from trimtab_processors.pack import RequestRouting, Strength
 from trimtab_processors.parameters import MAX_CONTROLS, TopK
 from trimtab_server.errors import BadRequestError
 
@@ -40,7 +40,7 @@ class Selection(BaseModel):
     """None: its pack's own."""
     top_k: TopK | None = None
     """Only so many of the target's likeliest tokens are shifted; None: all of them."""
-    routing: RoutingName | None = None
+    routing: RequestRouting | None = None
     """How the shift reaches the target's tokens; None: as the model or the pack says."""
 
 

@@ -82,7 +82,12 @@ def test_a_table_has_the_trie_of_what_can_be_spelled_and_keeps_it_in_its_file(ta
         ({"parents": [0, 0, 0]}, "the trie's nodes are not nodes of its tokens"),
         ({"parents": [-2, 0, 0]}, "the trie's nodes are not nodes of its tokens"),
         ({"children": [0, 1, 1]}, "the trie's nodes are not nodes of its tokens"),
-        ({"depths": [0, 1, 1]}, "the trie's nodes are not nodes of its tokens"),
+        ({"children": [9, 9, 9]}, "the trie's nodes are not nodes of its tokens"),
+        ({"depths": [0, 1, 1]}, "the trie's nodes are not deeper than those above them"),
+        (
+            {"depths": [2, 1, 1], "parents": [-1, 0, 0]},
+            "the trie's nodes are not deeper than those above them",
+        ),
         ({"depths": [9, 9, 9]}, "the trie's nodes are deeper than the spellings that pass them"),
     ],
 )

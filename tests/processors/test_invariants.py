@@ -21,7 +21,8 @@ from trimtab_processors.vllm_v1 import ControlProcessor
 
 STEPS = 12
 PLENTY = 2**21
-ROUTINGS = ["pm-mined", "path", "path-2x2"]
+ROUTINGS = ["pm-mined", "path"]
+BEAMS = {"a": (1, 1), "b": (1, 1), "c": (2, 2)}
 STRENGTHS = [None, 0.0, 0.5, 1.0, -1.5, 3.0]
 
 
@@ -40,7 +41,9 @@ class Steered:
 
     def __init__(self, family, name, tables) -> None:
         self.name = name
-        self.processor = ControlProcessor(configuration(family, name, tables), torch.device("cpu"), False)
+        beam, depth = BEAMS[name]
+        config = configuration(family, name, tables, routing=f"path-{beam}x{depth}")
+        self.processor = ControlProcessor(config, torch.device("cpu"), False)
         self.runtime = self.processor._runtime
         self.control = self.runtime._controls["control"]
         self.model = self.control.parts[0].model
@@ -48,8 +51,7 @@ class Steered:
         self.reference = Reference(*models, window=CONTEXT)
         self.references = {
             "pm-mined": self.reference,
-            "path": PathReference(*models, window=CONTEXT),
-            "path-2x2": PathReference(*models, window=CONTEXT, beam=2, depth=2),
+            "path": PathReference(*models, window=CONTEXT, beam=beam, depth=depth),
         }
         self.width = self.reference.target.network.config.vocab_size
         self.bos = self.reference.control.tokenizer.bos_token_id

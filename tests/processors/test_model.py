@@ -151,6 +151,19 @@ def test_a_path_that_is_then_said_is_not_computed_again(control):
     compute(model, plain, [sequence])
 
 
+def test_what_a_new_spelling_replaces_is_computed_anew_though_it_goes_on_as_expected(control):
+    """A path keeps only what stands behind the very tokens that it was put behind."""
+    directory, plain = control
+    model = ControlModel(directory, cache_bytes=10_000_000, device=CPU)
+    sequence = CachedSequence(tokens=[1, 2, 3])
+    compute(model, plain, [sequence])
+    sequence.go_on([5])
+    compute(model, plain, [sequence])
+    assert sequence.change([1, 2, 5, 7], 2) == 1
+    assert sequence.cached == 2
+    compute(model, plain, [sequence])
+
+
 def test_an_unchanged_context_needs_no_row():
     """A half-prefilled request waits for its target; its control computes once."""
     sequence = CachedSequence()

@@ -15,7 +15,6 @@ import hand_made
 import tiny
 from reference import Model, PathReference
 from trimtab_mappings import ByteEncoder, build_table, read_vocabulary
-from trimtab_mappings.trie import build_trie
 from trimtab_processors.path_routing import PathRouting, Spellings
 from trimtab_processors.routing import PmMined
 
@@ -82,12 +81,15 @@ def test_the_shift_is_that_of_the_formula(target, control, data):
     width = reference.target.network.config.vocab_size
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9), "seed"))
     logits = 4 * torch.randn(len(contexts), width, generator=generator)
+    logits += data.draw(st.sampled_from([0, 300, -300]), "constant")
     masked = torch.rand(logits.shape, generator=generator) < data.draw(
         st.sampled_from([0, 0.3, 0.99]), "masked"
     )
     logits[masked] = -torch.inf
     table = table_of(reference)
-    routing = PathRouting(Spellings(table, width, longest=16), beam, depth)
+    neutral = data.draw(st.booleans(), "neutral")
+    routing = PathRouting(Spellings(table, width, longest=16, neutral=neutral), beam, depth)
+    reference.neutral = neutral
     reference.beam, reference.depth = beam, depth
     found = routed(reference, routing, contexts, strengths, logits)
     for context, strength, row, shift in zip(contexts, strengths, logits, found, strict=True):
@@ -172,6 +174,7 @@ def test_a_shift_can_be_asked_for_twice():
     rows, logits = torch.randn(3, width), torch.randn(3, width)
     shift = routing.route(rows, torch.ones(3), lambda asked: torch.randn(len(asked), width))
     first = shift.over(logits, [0, 2, 1]).clone()
+    assert not torch.equal(shift.over(logits, [0, 1, 2]), first)
     assert torch.equal(shift.over(logits, [0, 2, 1]), first)
 
 
@@ -204,10 +207,21 @@ def test_nodes_whose_tokens_have_no_logits_are_not_expanded():
 
 
 def test_a_spelling_that_is_longer_than_the_limit_is_not_followed():
-    """So that there is room for it in every window."""
+    """So that there is room for it in every window; nor is one beyond the last round."""
     table = table_of(reference_of(COARSE, FINE))
-    assert int(table.trie.depths.max()) > 2
-    assert Spellings(table, 907, longest=2).longest == 2
-    assert Spellings(table, 907, longest=0).longest == 0
-    assert PathRouting(Spellings(table, 907, longest=0)).lookahead == 0
-    assert build_trie({}).tokens.tolist() == []
+    deepest = int(table.trie.depths.max())
+    assert deepest > 2
+
+    def lookahead(longest, depth):
+        return PathRouting(Spellings(table, 907, longest=longest), 1, depth).lookahead
+
+    assert lookahead(16, deepest) == deepest
+    assert [lookahead(longest, deepest) for longest in (0, 1, 2)] == [0, 1, 2]
+    assert [lookahead(16, rounds) for rounds in (1, 2)] == [
+        max(
+            len(node)
+            for node in reference_of(COARSE, FINE).nodes
+            if reference_of(COARSE, FINE).level(node) < rounds
+        )
+        for rounds in (1, 2)
+    ]

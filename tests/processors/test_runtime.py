@@ -9,6 +9,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
+from transformers import AutoModelForCausalLM
 
 from reference import Model, PathReference, Reference
 from tiny import CONTEXT, Family, sentences
@@ -16,7 +18,8 @@ from trimtab_mappings import load_vocabulary
 from trimtab_processors import metrics
 from trimtab_processors.alignment import common_prefix
 from trimtab_processors.control import Target
-from trimtab_processors.pack import DEFAULT_ROUTING, Pack
+from trimtab_processors.model import CachedSequence
+from trimtab_processors.pack import DEFAULT_ROUTING, Component, Pack, beam_of
 from trimtab_processors.parameters import Parameters
 from trimtab_processors.path_routing import PathRouting
 from trimtab_processors.routing import PmMined
@@ -140,6 +143,7 @@ def test_a_context_past_the_window_keeps_its_beginning_and_its_end(family, tmp_p
         (("pm-mined", "path-2x1", None), "path-2x1"),
         (("pm-mined", "pm-mined", "path"), "path"),
         (("path", "path", "pm-mined"), "pm-mined"),
+        (("path-2x2", None, "path"), "path-2x2"),  # how many nodes is not the request's choice
     ],
 )
 def test_a_requests_routing_goes_before_the_models_and_that_before_the_packs(family, tmp_path, said, routing):
@@ -150,8 +154,11 @@ def test_a_requests_routing_goes_before_the_models_and_that_before_the_packs(fam
     runtime = make_runtime(family, "b", tmp_path, control=directory, routing=model)
     request = runtime.open(Parameters(control="control", routing=asked), [5], [])
     control = runtime._controls["control"]
-    assert request.routing is control.routing_of(Parameters(control="control", routing=routing))
-    assert isinstance(request.routing, PmMined if routing == "pm-mined" else PathRouting)
+    if routing == "pm-mined":
+        assert isinstance(request.routing, PmMined)
+    else:
+        assert isinstance(request.routing, PathRouting)
+        assert (request.routing.beam, request.routing.depth) == beam_of(routing)
     assert control.describe()["mapping"]["routing"] == (model or pack or DEFAULT_ROUTING)
 
 
@@ -184,6 +191,56 @@ def test_what_was_looked_ahead_at_is_not_computed_again_when_it_is_said(family, 
             assert calls[1:] == [len(path)]
             output.append(rng.choice([t for t, pieces in spellings.items() if pieces[: len(path)] == path]))
     assert kept >= 10
+
+
+def expert_and_anti_expert(family, directory):
+    """A pack of two models: the family's control, and one that has forgotten its second layer."""
+    shutil.copytree(family.control, directory / "pack")
+    shutil.copytree(family.control, directory / "pack" / "anti")
+    plain = AutoModelForCausalLM.from_pretrained(family.control)
+    plain.model.layers = plain.model.layers[:1]
+    plain.config.num_hidden_layers = 1
+    plain.save_pretrained(directory / "pack" / "anti")
+    Pack(components=(Component(weight=1.5), Component(model="anti", weight=-0.5))).save(directory / "pack")
+    return directory / "pack"
+
+
+def test_every_model_of_a_pack_looks_ahead(family, tmp_path):
+    """Of an expert and an anti-expert, the further row is the weighted sum as well."""
+    pack = expert_and_anti_expert(family, tmp_path)
+    runtime = make_runtime(family, "b", tmp_path, control=pack, routing="path-1x2")
+    parts = [(Model(pack), 1.5), (Model(pack / "anti"), -0.5)]
+    reference = PathReference(Model(family.b), parts[0][0], parts=parts, depth=2)
+    request = runtime.open(Parameters(control="control", prompt=(5, 6)), [5], [])
+    logits = torch.randn(1, reference.target.network.config.vocab_size)
+    runtime.step([request])
+    shifted = logits.clone()
+    runtime.apply(shifted, {0: [request]})
+    expected = logits[0] + reference.shift([5, 6], 1.0, logits[0])
+    torch.testing.assert_close(shifted[0], expected, atol=1e-3, rtol=1e-4)
+
+
+def test_a_further_row_that_is_not_finite_leaves_the_request_alone_and_is_counted(family, tmp_path):
+    """It gets its shifts again when that is over."""
+    runtime = make_runtime(family, "b", tmp_path, routing="path")
+    labels = {"model_name": "b", "control": "control"}
+    request = runtime.open(Parameters(control="control", prompt=(5, 6)), [5], [])
+    logits, complete = torch.randn(1, runtime._target.width), CachedSequence.complete
+    before = REGISTRY.get_sample_value("trimtab_non_finite_shifts_total", labels)
+
+    def breaking(sequence, row):
+        complete(sequence, row * torch.nan if sequence._path else row)
+
+    with patch.object(CachedSequence, "complete", breaking):
+        runtime.step([request])
+    shifted = logits.clone()
+    runtime.apply(shifted, {0: [request]})
+    assert torch.equal(shifted, logits)
+    assert REGISTRY.get_sample_value("trimtab_non_finite_shifts_total", labels) == before + 1
+    runtime.step([request])
+    runtime.apply(shifted, {0: [request]})
+    assert shifted.isfinite().all()
+    assert not torch.equal(shifted, logits)
 
 
 def rolled_back(name):

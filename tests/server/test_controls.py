@@ -63,9 +63,17 @@ def test_a_guard_reaches_the_plugin_and_is_said(two_models):
 
 
 def test_a_routing_reaches_the_plugin_and_is_said(two_models):
-    response = two_models.chat(model="steered", control={"name": "one", "routing": "path-1x3"})
-    assert response.headers[HEADER] == "one=0.5;routing=path-1x3"
-    assert told(two_models, "steered").routing == "path-1x3"
+    response = two_models.chat(model="steered", control={"name": "one", "routing": "path"})
+    assert response.headers[HEADER] == "one=0.5;routing=path"
+    assert told(two_models, "steered").routing == "path"
+
+
+def test_a_routing_that_the_models_runner_lacks_is_refused(start, pack):
+    gateway = start(controls={"one": str(pack)}, models={"m": {"model": ".", "runner": "v2"}})
+    response = gateway.chat(control={"name": "one", "routing": "path"})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "control")
+    assert "V2 model runner has only 'pm-mined'" in response.json()["error"]["message"]
+    assert gateway.chat(control={"name": "one", "routing": "pm-mined"}).status_code == 200
 
 
 @pytest.mark.parametrize("wanted", [{}, {"control": "one"}])
@@ -108,7 +116,7 @@ def test_true_means_the_only_control_where_there_is_no_default(start, pack):
         (
             {"name": "one", "routing": "straight"},
             "control.routing",
-            "no routing 'straight', there is: pm-mined",
+            "should be 'pm-mined' or 'path', got straight",
         ),
         ({"name": "one", "strength": 10.01}, "control.strength", "less than or equal to 10"),
         ({"name": "one", "strength": -11}, "control.strength", "greater than or equal to -10"),
