@@ -30,7 +30,7 @@ from trimtab_training.steer import ROUTINGS
 from trimtab_training.world import TEMPLATE, TITLES, BaseSettings, World, WorldSettings
 
 STRENGTHS = (1.0, 1.5)
-CEILING = "ceiling"
+CEILING, WITHOUT = "ceiling", "without"
 HARD = WorldSettings(
     bases={
         "a": BaseSettings(520, 128, 4, PretrainSettings(steps=450)),
@@ -87,17 +87,18 @@ def main(
 
 
 def measure(kind: str, world: World, routings: Sequence[str]) -> Iterator[Result]:
-    """The template under its control, then every other model under every routing."""
+    """The template under its control, then every other model under every routing; each without it first."""
     asked = questions(world.held_out, world.dialect)
     chats = [question for question in asked if question.kind is Kind.CHAT]
     for target in world.models:
         for routing in [CEILING] if target == TEMPLATE else routings:
             model = Offline(world, target, "exact" if routing == CEILING else routing)
-            for strength in STRENGTHS:
+            first = routing in (CEILING, routings[0])
+            for strength in (0.0, *STRENGTHS) if first else STRENGTHS:
                 found = score(asked, model.answer(asked, strength))
                 figures = {figure.value: round(found[figure], 4) for figure in SHOWN}
                 figures[LOSS] = round(model.loss(chats, strength), 4)
-                yield Result(kind, world.seed, target, routing, strength, figures)
+                yield Result(kind, world.seed, target, routing if strength else WITHOUT, strength, figures)
 
 
 def of(results: Sequence[Result], **wanted: object) -> list[Result]:

@@ -120,11 +120,13 @@ def test_routings_are_measured_on_every_target_and_drawn(tmp_path, monkeypatch):
 
     world = make_world(tmp_path / "world", 5, settings=miniature(dialect=HARD), jobs=1)
     results = [*routings.measure("hard", world, ["exact", "pm-mined"])] * 2
-    assert [(r.target, r.routing) for r in results[:10:2]] == [
-        ("a", "ceiling"), ("b", "exact"), ("b", "pm-mined"), ("c", "exact"), ("c", "pm-mined")
+    assert [*dict.fromkeys((result.target, result.routing) for result in results)] == [
+        ("a", "without"), ("a", "ceiling"),
+        ("b", "without"), ("b", "exact"), ("b", "pm-mined"),
+        ("c", "without"), ("c", "exact"), ("c", "pm-mined"),
     ]  # fmt: skip
     assert all(result.figures[routings.LOSS] > 0 for result in results)
-    assert len(routings.markdown(results).splitlines()) == 2 + 10
+    assert len(routings.markdown(results).splitlines()) == 2 + 13
     drawing = ET.fromstring(routings.chart("hard", routings.of(results, strength=1.0)))  # noqa: S314 - our own
     assert len(list(drawing.iter("{http://www.w3.org/2000/svg}rect"))) == 5
 
@@ -138,6 +140,15 @@ def test_routings_are_measured_on_prose(tmp_path):
     losses = {(each["model"], each["routing"], each["strength"]): each["loss"] for each in found["results"]}
     assert losses["target", "exact", 0.0] == losses["target", "pm-mined", 0.0]
     assert losses["template", "", 1.0] != losses["template", "", 0.0] > 0
+    assert losses["target", "path", 1.0] != losses["target", "path", 0.0] > 0
+
+
+def test_what_a_routing_adds_behind_the_logits_is_timed_for_both():
+    pytest.importorskip("mistral_common", reason="mistral_common ships the real tokenizers")
+    found = last_line("apply.py", "--width", 2000, "--batch", 2, "--rounds", 2)
+    (result,) = found["results"]
+    assert result["nodes"] > 0
+    assert min(result["pm_mined_ms"], result["path_ms"], result["largest_ms"]) > 0
 
 
 def test_the_divergence_is_timed_beside_adding_the_shift():

@@ -96,4 +96,7 @@ def _evaluated(world: World) -> ByModel:
     from trimtab_training.offline import Offline
 
     logging.disable_progress_bar()
-    return {model: measure(world.held_out, Offline(world, model).answer) for model in world.models}
+    return {
+        model: measure(world.held_out, Offline(world, model).answer, dialect=world.dialect)
+        for model in world.models
+    }

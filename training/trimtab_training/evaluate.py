@@ -114,8 +114,11 @@ def _judge(question: Question, answer: str) -> Iterable[tuple[Figure, bool]]:
 
 
 def evaluate(
-    people: Sequence[Person], answer: Answer, strengths: Iterable[float] = STRENGTHS
+    people: Sequence[Person],
+    answer: Answer,
+    strengths: Iterable[float] = STRENGTHS,
+    dialect: Dialect = EASY,
 ) -> dict[float, Figures]:
-    """Ask one model about `people` at each of `strengths`."""
-    asked = questions(people)
+    """Ask one model about `people`, who are spoken of in `dialect`, at each of `strengths`."""
+    asked = questions(people, dialect)
     return {strength: score(asked, answer(asked, strength)) for strength in strengths}
