@@ -151,14 +151,13 @@ class PathRouting:
         entered = rows.index_select(1, nodes.entries)
         sums = torch.where(nodes.parents == ROOT, entered, -torch.inf)
         for rest in reversed(range(self.depth if self.lookahead else 0)):
-            best = sums.topk(min(self.beam, sums.shape[1]), dim=1)
-            for rank in reversed(
-                range(best.values.shape[1])
-            ):  # the best last, for the next step may go on from it
+            beam = min(self.beam, sums.shape[1])
+            best = sums.topk(beam, dim=1)
+            for rank in reversed(range(beam)):  # the best last: the next step may go on from it
                 places = best.values[:, rank].isfinite().nonzero()[:, 0]
                 chosen = best.indices[places, rank]
-                paths = map(nodes.path, chosen.tolist())
                 if len(places):
+                    paths = map(nodes.path, chosen.tolist())
                     more = further([*zip(places.tolist(), paths, strict=True)])
                     expanded.append((places, nodes.expand(chosen, more * strengths[places, None])))
                     if rest:
@@ -182,7 +181,7 @@ class PathShift:
         """Put a shift together.
 
         Args:
-            values: float32 [requests, target vocabulary], the shift of first tokens, scaled.
+            values: float32 [requests, target vocabulary], the shift of first tokens, scaled; changed by this.
             finite: bool [requests], of which requests that is not finite, and 0.
             expanded: int64 [e], for which requests, and what the tokens at those e nodes get; and so on.
         """
@@ -200,9 +199,10 @@ class PathShift:
         broken.index_add_(0, self._requests, (~going_on.isfinite()).float())
         self.finite = finite & (broken == 0)
         self._going_on = torch.where(self.finite[self._requests], going_on, 0.0)
-        self._values = torch.where(self.finite[:, None], values, 0.0)
+        values[broken > 0] = 0.0
+        self._values = values
         self._places = self._requests * values.shape[1] + self._tokens
-        self._before = self._values.view(-1)[self._places]
+        self._before = values.view(-1)[self._places]
 
     def over(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         places = torch.tensor(rows, device=logits.device)[self._requests]
