@@ -7,6 +7,7 @@ import shutil
 import threading
 import urllib.error
 import urllib.request
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from openai import BadRequestError, OpenAI
 
 import tiny
 from engines import HOT, Engine, engine
-from reference import Model, Reference
+from reference import Model, PathReference
 from serving import gateway
 from tiny import sentences
 
@@ -100,11 +101,15 @@ def complete(api: OpenAI, family, control: str | None, copies: int = 1, **option
     return api.completions.create(model="m", prompt=[prompt] * copies, extra_body=extra, **options)
 
 
+@cache
+def reference_of(target: Path, control: Path) -> PathReference:
+    return PathReference(Model(target), Model(control), window=tiny.CONTEXT)
+
+
 def follows(family, output: list[int], strength: float = 1.0) -> bool:
     """Whether each token is the slow reference's, but for ties."""
-    target = Model(family.b)
-    prompt = target.tokenizer.encode(next(iter(sentences(1, seed=4))))
-    reference = Reference(target, Model(family.control), window=tiny.CONTEXT)
+    reference = reference_of(family.b, family.control)
+    prompt = reference.target.tokenizer.encode(next(iter(sentences(1, seed=4))))
     steps = reference.steps(prompt, [5, 6, 7], strength, output)
     return all(step.token == token or step.gap < 1e-4 for step, token in zip(steps, output, strict=True))
 
