@@ -8,7 +8,7 @@ beginning at every token, one full forward pass of both models for every token.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -211,16 +211,14 @@ class Reference:
         forced: list[int],
         *,
         top_k: int = 0,
-        allowed: list[int] | None = None,
+        seen: Callable[[torch.Tensor, list[int]], torch.Tensor] = lambda logits, _: logits,
     ) -> Iterator[torch.Tensor]:
         """The controlled logits before each token of `forced`, of which only the `top_k` likeliest are
-        shifted, where it says so; only the tokens `allowed` have any, where it says so."""
+        shifted, where it says so. `seen` makes of the target's logits, and what it said so far, those that
+        the control sees."""
         for position, context in enumerate(islice(self.contexts(forced), len(forced))):
             logits = self.target.logits(prompt + forced[:position])
-            if allowed is not None:
-                only = torch.full_like(logits, -torch.inf)
-                only[allowed] = logits[allowed]
-                logits = only
+            logits = seen(logits, forced[:position])
             if strength:
                 shift = self.shift(own_prompt + context, strength, logits)
                 if top_k:

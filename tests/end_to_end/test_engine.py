@@ -10,7 +10,7 @@ import asyncio
 import json
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,8 @@ class Ask:
     top_k: int = 0
     routing: str | None = None
     """Of `path-2x2` the request says `path`: the engine has to be set up so."""
-    allowed: list[int] | None = None
-    """Which tokens have logits when the control comes to see them; None: all."""
+    seen: Any = lambda logits, _: logits
+    """What vLLM does to the target's logits before the control sees them; also given the output so far."""
     tokens: int = 24
     body: dict[str, Any] = field(default_factory=dict)
     """Sampling parameters; greedy where it has no temperature."""
@@ -203,9 +203,7 @@ def expected_logits(world: World, ask: Ask, output: list[int]) -> list[torch.Ten
     if ask.control is None:
         return [world.model.logits(ask.prompt + output[:position]) for position in range(len(output))]
     reference = world.references[f"{ask.control} {ask.routing or DEFAULT_ROUTING}"]
-    return list(
-        reference.logits(ask.prompt, ask.own, ask.strength, output, top_k=ask.top_k, allowed=ask.allowed)
-    )
+    return list(reference.logits(ask.prompt, ask.own, ask.strength, output, top_k=ask.top_k, seen=ask.seen))
 
 
 def check(world: World, ask: Ask, choice: Any, adjust: Any = lambda logits, output: logits) -> int:
@@ -319,14 +317,15 @@ def test_temperature_scales_the_controlled_distribution(world, server):
 
 def test_a_logit_bias_is_added_to_the_shift(world, server):
     """The two are sums."""
-    ask = ask_for(world, "pair", prompts(world, 1, seed=7)[0], body={"logit_bias": {"300": 6.0, "301": -6.0}})
 
     def biased(logits: torch.Tensor, _: list[int]) -> torch.Tensor:
         logits[300] += 6.0
         logits[301] -= 6.0
         return logits
 
-    check(world, ask, *complete(server, ask), biased)
+    body = {"logit_bias": {"300": 6.0, "301": -6.0}}
+    ask = ask_for(world, "pair", prompts(world, 1, seed=7)[0], seen=biased, body=body)
+    check(world, ask, *complete(server, ask))
 
 
 def masked(ids: list[int], until: int = 10**9) -> Any:
@@ -341,17 +340,16 @@ def masked(ids: list[int], until: int = 10**9) -> Any:
 def test_an_answer_ends_no_sooner_than_it_may(world, server):
     """`min_tokens`, with an end that the bias makes likely."""
     eos = world.model.tokenizer.eos_token_id
-    ask = ask_for(
-        world, "other", prompts(world, 1, seed=8)[0], body={"min_tokens": 9, "logit_bias": {str(eos): 40.0}}
-    )
 
-    def adjust(logits: torch.Tensor, output: list[int]) -> torch.Tensor:
+    def seen(logits: torch.Tensor, output: list[int]) -> torch.Tensor:
         logits[eos] += 40.0
         return masked([eos], until=9)(logits, output)
 
+    body = {"min_tokens": 9, "logit_bias": {str(eos): 40.0}}
+    ask = ask_for(world, "other", prompts(world, 1, seed=8)[0], seen=seen, body=body)
     (choice,) = complete(server, ask)
     assert len(choice.token_ids) == 10
-    check(world, ask, choice, adjust)
+    check(world, ask, choice)
 
 
 def test_a_bad_word_is_never_said(world, server):
@@ -367,7 +365,7 @@ def test_a_bad_word_is_never_said(world, server):
     ]
     assert without.token_ids != choice.token_ids
     assert not {*bad} & {*without.token_ids}
-    check(world, ask, without, masked(bad))
+    check(world, replace(ask, seen=masked(bad)), without)
 
 
 def test_an_answer_ends_before_its_stop_string(world, server):
@@ -398,12 +396,12 @@ def test_text_that_splits_characters_and_has_special_tokens_reaches_the_control_
     pieces |= {token for token, data in enumerate(world.model.bytes) if data and data[0] >= 0x80}
     allowed = sorted(pieces)[:60]
     body = {"allowed_token_ids": allowed, "ignore_eos": True, "temperature": 1.0, "seed": 3}
-    ask = ask_for(world, control, prompts(world, 1, seed=12)[0], tokens=70, body=body)
+    others = sorted({*range(world.model.network.config.vocab_size)} - {*allowed})
+    ask = ask_for(world, control, prompts(world, 1, seed=12)[0], tokens=70, seen=masked(others), body=body)
     (choice,) = complete(server, ask)
     assert {tokenizer.eos_token_id, tokenizer.bos_token_id} & {*choice.token_ids}
     assert sum(not _is_text(world.model.bytes[token]) for token in choice.token_ids) > 10
-    others = sorted({*range(world.model.network.config.vocab_size)} - {*allowed})
-    check(world, ask, choice, masked(others))
+    check(world, ask, choice)
 
 
 def _is_text(data: bytes | None) -> bool:
@@ -492,11 +490,13 @@ def test_the_shifts_of_several_controls_are_summed(world, server):
 def test_a_grammars_mask_is_part_of_the_distribution_in_which_a_node_decides(world, server, control):
     """The tokens that it leaves are as likely together as the target finds them."""
     letters = re.compile(rb"[a-z ]+")
-    allowed = [token for token, data in enumerate(world.model.bytes) if data and letters.fullmatch(data)]
-    allowed.append(world.model.tokenizer.eos_token_id)
+    end = world.model.tokenizer.eos_token_id
+    texts = [*enumerate(world.model.bytes)]
+    others = [token for token, data in texts if token != end and not (data and letters.fullmatch(data))]
+    others += range(len(texts), world.model.network.config.vocab_size)
     body = {"structured_outputs": {"regex": "[a-z ]*"}, "ignore_eos": True}
     prompt = prompts(world, 1, seed=20)[0]
-    ask = ask_for(world, control, prompt, routing="path", allowed=allowed, tokens=16, body=body)
+    ask = ask_for(world, control, prompt, routing="path", seen=masked(others), tokens=16, body=body)
     check(world, ask, *complete(server, ask))
 
 
