@@ -22,9 +22,9 @@ _MEANINGS = {
     "none": "no counterpart",
 }
 _COARSE = (
-    "the control's vocabulary is coarser than the target's, which spells {share} of {whole} in pieces. The"
-    " target has to choose a first piece where the control knows only the whole, so the control may do little"
-    " or nothing there. Choose a template and a control whose vocabulary is finer than the targets'.{hint}"
+    "the control's vocabulary is coarser than the target's, which spells {share} of {whole} ({counts}) in"
+    " pieces. The target has to choose a first piece where the control knows only the whole, so the control may"
+    " do little or nothing there. Choose a template and a control whose vocabulary is finer than the targets'.{hint}"
 )
 _FAR = 12  # the distance from which on rows are counted together
 _SHOWN = 50  # rows of a difference; JSON has all
@@ -225,8 +225,9 @@ def _coarse_warning(control: Pieces) -> str:
     if control.uses:
         part, whole, hint = control.uses, "the control's tokens in this text", ""
     else:
-        part, whole, hint = control.tokens, "its tokens", " --text FILE weighs them by use."
-    return _COARSE.format(share=show(_count(*part)[1]), whole=whole, hint=hint)
+        part, whole, hint = control.tokens, "the control's tokens", " --text FILE weighs them by use."
+    counts = f"{part.part:,} of {part.whole:,}"
+    return _COARSE.format(share=show(_count(*part)[1]), whole=whole, counts=counts, hint=hint)
 
 
 def _count(count: int, whole: int) -> tuple[int, Share]:

@@ -71,7 +71,10 @@ _CONTROL_OBJECT: dict[str, Any] = {
         "name": {"type": "string"},
         "strength": {"type": ["number", "null"], "minimum": -MAX_STRENGTH, "maximum": MAX_STRENGTH},
         "top_k": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_TOP_K},
-        "routing": {"enum": [*get_args(RequestRouting), None]},
+        "routing": {
+            "description": "How the shift reaches the model's tokens; by default as `/v1/controls` says.",
+            "enum": [*get_args(RequestRouting), None],
+        },
     },
 }
 _CONTROL: dict[str, Any] = {
@@ -105,7 +108,10 @@ def generating(content: str, what: str) -> dict[str, Any]:
                 "name": HEADER,
                 "in": "header",
                 "required": False,
-                "description": "Controls, for clients that add no field: `alpaca=0.7,forget`, `on` or `off`.",
+                "description": (
+                    "Controls, for clients that add no field: `alpaca=0.7;top_k=50,forget;routing=pm-mined`,"
+                    " `on` or `off`."
+                ),
                 "schema": {"type": "string"},
             }
         ],

@@ -22,9 +22,9 @@ ALIAS = ":"
 """Stands between a model's name and its controls."""
 OFF, ON = "off", "on"
 _TERM = re.compile(
-    r"(?P<name>[^=;,\s]+)(=(?P<strength>[^=;,\s]+))?(?P<options>(;(top_k|routing)=[^=;,\s]+)*)"
+    r"(?P<name>[^=;,\s]+)(=(?P<strength>[^=;,\s]+))?(?P<options>(;\s*(top_k|routing)=[^=;,\s]+)*)"
 )
-_GRAMMAR = "a name, and if you like =strength, ;top_k=n and ;routing=name; several with commas"
+_GRAMMAR = "a name: it takes NAME[=STRENGTH][;top_k=N][;routing=NAME], several with commas"
 _FORMS = (
     "true, false, a name, an object with name, strength, top_k and routing, or a list of names and objects"
 )
@@ -93,7 +93,7 @@ def _term(term: str, param: str) -> Selection:
     found = _TERM.fullmatch(term)
     if found is None:
         raise BadRequestError(f"{param}: {term[:80]!r} is not {_GRAMMAR}, or {OFF}, or {ON}", param=param)
-    options = [option.split("=") for option in found["options"].split(";")[1:]]
+    options = [option.strip().split("=") for option in found["options"].split(";")[1:]]
     said: dict[str, Any] = dict(options)
     if len(said) < len(options):
         raise BadRequestError(f"{param}: an option stands twice in {term[:80]!r}", param=param)

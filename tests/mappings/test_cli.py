@@ -132,7 +132,8 @@ def test_show_warns_of_a_coarser_control(coarse, tmp_path, weighed):
     (tmp_path / "sure.txt").write_text("SureooSorry", encoding="utf-8")
     options = ["--text", tmp_path / "sure.txt"] if weighed else []
     output = run("show", coarse["coarser"], *options).stdout
-    share = "50.0% of the control's tokens in this text" if weighed else "53.3% of its tokens"
+    text = "50.0% of the control's tokens in this text (2 of 4)"
+    share = text if weighed else "53.3% of the control's tokens (8 of 15)"
     assert (
         f"warning: the control's vocabulary is coarser than the target's, which spells {share} in" in output
     )

@@ -39,6 +39,7 @@ def applied(gateway, model, header=None, **body):
         ("one;top_k=5", "one=0.5;top_k=5"),
         ("one;routing=path", "one=0.5;routing=path"),
         ("one=1;routing=pm-mined;top_k=5,two", "one=1.0;top_k=5;routing=pm-mined,two=0.5"),
+        ("one=1; routing=path", "one=1.0;routing=path"),
         (" one = 1", None),
         ("one=0.7,two", "one=0.7,two=0.5"),
         ("one=0.7;top_k=9, two=-1", "one=0.7;top_k=9,two=-1.0"),
