@@ -23,8 +23,9 @@ _MEANINGS = {
 }
 _COARSE = (
     "the control's vocabulary is coarser than the target's, which spells {share} of {whole} ({counts}) in"
-    " pieces. The target has to choose a first piece where the control knows only the whole, so the control may"
-    " do little or nothing there. Choose a template and a control whose vocabulary is finer than the targets'.{hint}"
+    " pieces. The target has to choose a first piece where the control knows only the whole, so the"
+    " control may do little or nothing there. Choose a template and a control whose vocabulary is finer"
+    " than the targets'.{hint}"
 )
 _FAR = 12  # the distance from which on rows are counted together
 _SHOWN = 50  # rows of a difference; JSON has all
