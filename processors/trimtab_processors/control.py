@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from trimtab_processors.pack import Pack
     from trimtab_processors.parameters import Parameters
 
 
@@ -83,12 +84,7 @@ class Control:
         self.strength = pack.strength
         encoder = load_encoder(pack.components[0].model)
         vocabulary = encoder.vocabulary
-        for component in pack.components[1:]:
-            if load_vocabulary(component.model).tokens != vocabulary.tokens:
-                raise PackError(
-                    f"control {name!r}: {component.model!r} has another vocabulary than {vocabulary.name!r}; "
-                    "the components of a pack must share one"
-                )
+        self._require_one_vocabulary(pack, vocabulary)
         self.parts = [
             Part(
                 ControlModel(
@@ -98,14 +94,8 @@ class Control:
             )
             for component in pack.components
         ]
-        table = cached_table(target.vocabulary, encoder, tables)
-        used = (table.mapping, table.segment_ids)
-        if (highest := max(int(ids.max(initial=-1)) for ids in used)) >= self.vocab_size:
-            raise PackError(
-                f"control {name!r}: its tokenizer has token {highest}, but its model only {self.vocab_size}"
-                " logits; drop the added tokens from the tokenizer, or resize the model's embeddings"
-            )
-        self.table = table
+        self.table = table = cached_table(target.vocabulary, encoder, tables)
+        self._require_logits()
         self.aligner = Aligner(target.vocabulary, encoder, table)
         self.max_context = min(part.model.max_context for part in self.parts)
         self.pm_mined = PmMined(table.mapping, target.width, neutral=neutral, device=target.device)
@@ -121,6 +111,23 @@ class Control:
         beam = beam_of(PATH if self.default_routing == PM_MINED else self.default_routing)
         self._path = PathRouting(spellings, *beam)
         self._beginning = [*vocabulary.roles.get("bos", ()), *vocabulary.roles.get("eos", ())]
+
+    def _require_one_vocabulary(self, pack: Pack, vocabulary: Vocabulary) -> None:
+        for component in pack.components[1:]:
+            if load_vocabulary(component.model).tokens != vocabulary.tokens:
+                raise PackError(
+                    f"control {self.name!r}: {component.model!r} has another vocabulary than"
+                    f" {vocabulary.name!r}; the components of a pack must share one"
+                )
+
+    def _require_logits(self) -> None:
+        used = (self.table.mapping, self.table.segment_ids)
+        if (highest := max(int(ids.max(initial=-1)) for ids in used)) >= self.vocab_size:
+            raise PackError(
+                f"control {self.name!r}: its tokenizer has token {highest}, but its model only"
+                f" {self.vocab_size} logits; drop the added tokens from the tokenizer, or resize the model's"
+                " embeddings"
+            )
 
     def describe(self) -> dict[str, Any]:
         """What an engine says of it: its name, its pack, how many target tokens are mapped in which way."""
