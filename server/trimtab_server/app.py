@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
+from trimtab_server.body import BodyReader
 from trimtab_server.controls import Catalogue
 from trimtab_server.errors import (
     ApiError,
@@ -44,7 +45,7 @@ def create_app(settings: Settings, catalogue: Catalogue, workers: Workers, metri
     app = FastAPI(
         title="Trimtab", version=version("trimtab"), lifespan=lifespan, docs_url=None, redoc_url=None
     )
-    app.state.gateway = Gateway(settings, catalogue, workers, metrics, loader)
+    app.state.gateway = Gateway(settings, catalogue, workers, metrics, loader, BodyReader(settings))
     if settings.cors.is_open:
         app.add_middleware(CORSMiddleware, **_cors_options(settings.cors))
     # Around all others, so that a preflight that another one answers is in the log too.

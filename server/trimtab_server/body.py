@@ -1,34 +1,148 @@
-"""The body of a request: read within a limit, and understood where it is JSON."""
+"""Request bodies: read within limits, and parsed only as far as the gateway needs.
+
+A body can be tens of megabytes, and parsing all of it would stall every other request: Python's lock is held
+meanwhile. So only the top level is parsed, in one fast pass that makes no objects of what is below; a value
+becomes an object when it is read, if it is small enough, and what nobody reads reaches the worker as the
+client wrote it.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
-import re
+from collections.abc import Iterator, MutableMapping
+from contextlib import ExitStack
 from typing import Any
 
+import msgspec
 from fastapi import Request
 
-from trimtab_server.errors import BadRequestError, BodyTooLargeError, UnsupportedMediaTypeError
+from trimtab_server.budget import ByteBudget
+from trimtab_server.errors import (
+    BadRequestError,
+    BodyTooLargeError,
+    RequestTimeoutError,
+    UnsupportedMediaTypeError,
+)
+from trimtab_server.settings import Settings
 
+SMALL_BODY_BYTES = 2**16
+"""Bodies up to this size are parsed at once and not counted: the limits on requests bound their number."""
+MAX_ITEMS = 2**20
+"""Upper bound on commas and brackets in a value that is read: decoding a million takes 0.1 s."""
+_MAX_FIELDS = 50_000
+_MAX_OTHER_BYTES = 2**18
 _JSON = "application/json"
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body.
+class JsonObject(MutableMapping[str, Any]):
+    """A JSON object whose values keep the form in which the client wrote them.
 
-    Raises:
-        BodyTooLargeError: it has more than `limit` bytes.
+    Reading a value decodes it, each time. As in Python's `json`, the last of several equal names counts.
     """
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
-        raise _too_large(limit)
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > limit:
-            raise _too_large(limit)
-    return bytes(body)
+
+    def __init__(self, body: bytes, fields: dict[str, msgspec.Raw]) -> None:
+        self._body: bytes | None = body
+        """The whole object as it came; None once it has been changed."""
+        self._fields = fields
+
+    def __getitem__(self, name: str) -> Any:
+        """Decode a value.
+
+        Raises:
+            KeyError: there is no such field.
+            BodyTooLargeError: it has so many values in it that decoding it would stall other requests.
+        """
+        raw = bytes(self._fields[name])
+        if len(raw) > MAX_ITEMS and sum(raw.count(mark) for mark in (b",", b"[", b"{")) > MAX_ITEMS:
+            raise BodyTooLargeError(f"`{name}` has more than {MAX_ITEMS} values", param=name)
+        return json.loads(raw)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._body = None
+        self._fields[name] = msgspec.Raw(json.dumps(value).encode())
+
+    def __delitem__(self, name: str) -> None:
+        del self._fields[name]
+        self._body = None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._fields
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def encode(self) -> bytes:
+        """Return the object as JSON: the client's own bytes, except for what was changed."""
+        if self._body is None:
+            self._body = msgspec.json.encode(self._fields)
+        return self._body
+
+
+class BodyReader:
+    """Reads the bodies of all requests, so that those in memory at once stay within a limit."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._limit = settings.limits.body_bytes
+        self._seconds = settings.timeouts.body
+        self._budget = ByteBudget(max(settings.limits.body_bytes_total, self._limit))
+        self._parsing = asyncio.Semaphore(1)
+
+    async def read(self, request: Request, held: ExitStack) -> bytes:
+        """Return the whole body, once there is room for it; `held` gives the room back.
+
+        Raises:
+            BodyTooLargeError: it has more than `limits.body_bytes`.
+            RequestTimeoutError: it does not arrive within `timeouts.body`.
+        """
+        announced = self._announced(request)
+        if announced <= SMALL_BODY_BYTES:
+            return await self._read(request)
+        reservation = await self._budget.reserve(announced)
+        held.callback(reservation.release)
+        body = await self._read(request)
+        reservation.shrink(len(body) if len(body) > SMALL_BODY_BYTES else 0)
+        return body
+
+    async def parse(self, body: bytes) -> JsonObject:
+        """Return the JSON object in `body`; large ones are parsed in a thread, one at a time.
+
+        Raises:
+            BadRequestError: as of `parse_object`.
+        """
+        if len(body) <= SMALL_BODY_BYTES:
+            return parse_object(body)
+        async with self._parsing:
+            return await asyncio.to_thread(parse_object, body)
+
+    def _announced(self, request: Request) -> int:
+        """The length that the request announces; without one, the most that it may have."""
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._limit:
+            raise self._too_large()
+        if length.isdecimal():
+            return int(length)
+        return self._limit if "transfer-encoding" in request.headers else 0
+
+    async def _read(self, request: Request) -> bytes:
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._seconds):
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > self._limit:
+                        raise self._too_large()
+        except TimeoutError as error:
+            raise RequestTimeoutError(
+                f"The body did not arrive within {self._seconds:g} s (timeouts.body)."
+            ) from error
+        return bytes(body)
+
+    def _too_large(self) -> BodyTooLargeError:
+        return BodyTooLargeError(f"The body is larger than {self._limit} bytes (limits.body_bytes).")
 
 
 def is_json(request: Request) -> bool:
@@ -47,30 +161,61 @@ def require_json(request: Request) -> None:
         raise UnsupportedMediaTypeError(f"Content-Type must be {_JSON}, got {(given or 'none')[:80]!r}")
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`.
+class _LargeFields(msgspec.Struct, gc=False):
+    """The fields of vLLM's requests that may be large for a good reason."""
+
+    messages: msgspec.Raw = msgspec.Raw()
+    prompt: msgspec.Raw = msgspec.Raw()
+    input: msgspec.Raw = msgspec.Raw()
+    system: msgspec.Raw = msgspec.Raw()
+    instructions: msgspec.Raw = msgspec.Raw()
+    tools: msgspec.Raw = msgspec.Raw()
+    documents: msgspec.Raw = msgspec.Raw()
+    prompt_embeds: msgspec.Raw = msgspec.Raw()
+
+
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_large_fields = msgspec.json.Decoder(_LargeFields)
+
+
+def parse_object(body: bytes) -> JsonObject:
+    """Return the JSON object in `body`, its values not decoded yet.
 
     Raises:
-        BadRequestError: it is not JSON, not an object, or holds a text that is none.
+        BadRequestError: it is not JSON, not an object, or a string in it is not Unicode.
+        BodyTooLargeError: it has too many fields.
     """
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
-        if _SURROGATE.search(body):
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise BadRequestError(
-            "The body is not valid JSON: it has half of a surrogate pair", code="invalid_json"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise BadRequestError(f"The body is not valid JSON: {error}", code="invalid_json") from error
-    if not isinstance(value, dict):
-        raise BadRequestError("The body must be a JSON object.", code="invalid_json")
-    return value
+        body.decode()  # msgspec checks only the strings that it makes
+        _require_few_fields(body)
+        return JsonObject(body, _fields.decode(body))
+    except msgspec.ValidationError as error:
+        raise BadRequestError("The body must be a JSON object.", code="invalid_json") from error
+    except (ValueError, RecursionError) as error:  # msgspec's errors among them
+        message = f"The body is not valid JSON: {_fault(body, error)}"
+        raise BadRequestError(message, code="invalid_json") from error
+
+
+def _require_few_fields(body: bytes) -> None:
+    """Refuse so many fields that their names alone would take seconds. A field has a colon and four bytes."""
+    if body.count(b":") <= _MAX_FIELDS:
+        return
+    found = _large_fields.decode(body)
+    others = len(body) - sum(len(bytes(getattr(found, name))) for name in _LargeFields.__struct_fields__)
+    if others > _MAX_OTHER_BYTES:
+        raise BodyTooLargeError(f"The body has more than {_MAX_FIELDS} fields beside its prompt")
+
+
+def _fault(body: bytes, error: Exception) -> str:
+    """Say what is wrong in the words of Python's `json`, which knows more of it, where that takes no time."""
+    if len(body) <= SMALL_BODY_BYTES and isinstance(error, msgspec.DecodeError):
+        try:
+            json.loads(body, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as better:
+            return str(better)
+        return "it has half of a surrogate pair"
+    return str(error)
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number in JSON")
-
-
-def _too_large(limit: int) -> BodyTooLargeError:
-    return BodyTooLargeError(f"The body is larger than {limit} bytes.")

@@ -84,6 +84,11 @@ class BodyTooLargeError(BadRequestError):
     code = "body_too_large"
 
 
+class RequestTimeoutError(BadRequestError):
+    status = HTTPStatus.REQUEST_TIMEOUT
+    code = "request_timeout"
+
+
 class UnsupportedMediaTypeError(BadRequestError):
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
     code = "unsupported_media_type"

@@ -51,6 +51,8 @@ class Exchange:
         self.control = ""
         self.held = ExitStack()
         """What a request holds until it is over."""
+        self.body_memory = ExitStack()
+        """The room that its body takes, until the answer begins."""
         self._metrics = metrics
         self._method = method
         self._path = path
@@ -84,6 +86,7 @@ class Exchange:
     def sent(self, message: Message) -> None:
         """A piece of the answer is on its way."""
         if message["type"] == "http.response.start":
+            self.body_memory.close()
             self.status = message["status"] if self.status is None else self.status
             headers = MutableHeaders(scope=message)
             headers[REQUEST_ID] = self.request_id
@@ -96,6 +99,7 @@ class Exchange:
 
     def finish(self) -> None:
         """It is over: count and log it, without a word of what was said."""
+        self.body_memory.close()
         self.held.close()
         if self._model:
             self._metrics.in_flight.labels(self._model).dec()

@@ -52,6 +52,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         401: "A key is needed, or another one.",
         403: "This key may not, or nobody may.",
         404: "There is no such model, control or path.",
+        408: "The body did not arrive in time.",
         409: "What there is stands against it.",
         413: "The body or the prompt is too large.",
         415: "The body is no JSON.",

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from trimtab_server import openapi
-from trimtab_server.body import is_json, parse_object, read_body, require_json
+from trimtab_server.body import BodyReader, JsonObject, is_json, require_json
 from trimtab_server.controls import (
     XARGS,
     Catalogue,
@@ -50,6 +50,7 @@ class Gateway:
     workers: Workers
     metrics: Metrics
     loader: Loader
+    bodies: BodyReader
 
     def model(self, model: Any) -> Model:
         """The model of this name; without a name, the only one.
@@ -144,7 +145,7 @@ async def controls(here: Here) -> JSONResponse:
 @admin_routes.post(LOAD, openapi_extra=openapi.body_of(LoadControl))
 async def load_control(request: Request, here: Here) -> JSONResponse:
     """Load a control into every worker that is to serve it, and offer it then."""
-    wanted = LoadControl.model_validate(await _small_object(request, here))
+    wanted = LoadControl.model_validate({**await _small_object(request, here)})
     await here.loader.load(wanted.control_name, wanted.control_path, wanted.models)
     return JSONResponse({"status": "loaded", "control_name": wanted.control_name})
 
@@ -152,7 +153,7 @@ async def load_control(request: Request, here: Here) -> JSONResponse:
 @admin_routes.post(UNLOAD, openapi_extra=openapi.body_of(UnloadControl))
 async def unload_control(request: Request, here: Here) -> JSONResponse:
     """Offer a loaded control no more; the answer comes when no request has it, and no worker."""
-    wanted = UnloadControl.model_validate(await _small_object(request, here))
+    wanted = UnloadControl.model_validate({**await _small_object(request, here)})
     # It goes on where the client does not wait for it.
     await asyncio.shield(asyncio.ensure_future(here.loader.unload(wanted.control_name)))
     return JSONResponse({"status": "unloaded", "control_name": wanted.control_name})
@@ -186,11 +187,10 @@ async def generate(request: Request, here: Here) -> Response:
     """Generate text, under controls where they are asked for."""
     body = await _read(request, here)
     require_json(request)
-    payload = parse_object(body)
+    payload = await here.bodies.parse(body)
     name, said = split_alias(payload.get("model"))
     model = _route(request, here, name)
     refuse_own_xargs(payload)
-    changed = FIELD in payload or said is not None
     choices = here.catalogue.choose(model.name, _wanted(request, payload.pop(FIELD, None), said))
     exchange = exchange_of(request)
     exchange.controlled_by([choice.control.name for choice in choices])
@@ -206,10 +206,8 @@ async def generate(request: Request, here: Here) -> Response:
         payload[XARGS] = {**_xargs(payload), **own}
     if said is not None:
         payload["model"] = name
-    if choices or changed:
-        body = json.dumps(payload).encode()
     header = (HEADER.encode(), applied(choices).encode())
-    return await relay(request, model, body, [header], limited=True)
+    return await relay(request, model, payload.encode(), [header], limited=True)
 
 
 @routes.api_route("/{path:path}", methods=_METHODS, include_in_schema=False)
@@ -220,14 +218,15 @@ async def forward(request: Request, here: Here) -> Response:
     body = await _read(request, here)
     name, said = split_alias(request.query_params.get("model"))
     if body and is_json(request):
-        payload = parse_object(body)
+        payload = await here.bodies.parse(body)
         refuse_own_xargs(payload)
         if FIELD in payload:
             raise BadRequestError("This endpoint takes no control.", param=FIELD)
         if "model" in payload:
             name, said = split_alias(payload["model"])
             if said is not None:
-                body = json.dumps(payload | {"model": name}).encode()
+                payload["model"] = name
+                body = payload.encode()
     if name is None and not body and len(here.workers) > 1:
         path = request.scope["path"][:80]
         raise NotFoundError(
@@ -246,15 +245,16 @@ def _wanted(request: Request, field: Any, alias: str | None) -> Wanted | None:
 
 
 async def _read(request: Request, here: Gateway) -> bytes:
-    body = await read_body(request, here.settings.limits.body_bytes)
-    exchange_of(request).received(body)
+    exchange = exchange_of(request)
+    body = await here.bodies.read(request, exchange.body_memory)
+    exchange.received(body)
     return body
 
 
-async def _small_object(request: Request, here: Gateway) -> dict[str, Any]:
+async def _small_object(request: Request, here: Gateway) -> JsonObject:
     body = await _read(request, here)
     require_json(request)
-    return parse_object(body)
+    return await here.bodies.parse(body)
 
 
 async def _card(here: Gateway, name: str) -> dict[str, Any] | None:
@@ -287,7 +287,7 @@ def _route(request: Request, here: Gateway, name: Any) -> Model:
     return model
 
 
-def _xargs(payload: dict[str, Any]) -> dict[str, Any]:
+def _xargs(payload: JsonObject) -> dict[str, Any]:
     xargs = payload.get(XARGS)
     if xargs is not None and not isinstance(xargs, dict):
         raise BadRequestError(f"{XARGS} is an object, got {str(xargs)[:80]}", param=XARGS)

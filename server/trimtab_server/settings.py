@@ -163,6 +163,8 @@ class Timeouts(_Section):
     """For a worker to answer after its start."""
     connect: Seconds = 10
     """For a worker to take a connection."""
+    body: Seconds = 300
+    """For the whole body of a request; 408 beyond."""
     idle: Seconds = 3600
     """For the next piece of a worker's answer."""
     probe: Seconds = 5
@@ -196,6 +198,9 @@ class Limits(_Section):
 
     body_bytes: Annotated[int, Field(gt=0)] = 32 * 2**20
     """The body of one request; 413 beyond."""
+    body_bytes_total: Annotated[int, Field(gt=0)] = 256 * 2**20
+    """Bodies above 64 KiB in memory at once, until their answers begin; a further one is read when there is
+    room for it."""
     control_prompt_tokens: Annotated[int, Field(gt=0)] = 131_072
     """A control's own prompt, in the control's tokens; 413 beyond."""
     concurrent: Annotated[int, Field(gt=0)] = 512

@@ -120,12 +120,12 @@ def test_the_environment_is_enough(monkeypatch, tmp_path):
         (
             "TRIMTAB_TIMEOUTS__STAT",
             "1",
-            "TRIMTAB_TIMEOUTS__STAT: timeouts.stat: unknown key; allowed here: conn",
+            "TRIMTAB_TIMEOUTS__STAT: timeouts.stat: unknown key; allowed here: body",
         ),
         (
             "TRIMTAB_TIMEOUTS",
             "{stat: 1}",
-            "TRIMTAB_TIMEOUTS: timeouts.stat: unknown key; allowed here: connect",
+            "TRIMTAB_TIMEOUTS: timeouts.stat: unknown key; allowed here: body",
         ),
         ("TRIMTAB_PORT", "x", "TRIMTAB_PORT: port: Input should be a valid integer"),
         ("TRIMTAB_PORT", "[", "TRIMTAB_PORT: port: not YAML: "),
