@@ -11,6 +11,7 @@ import numpy as np
 from trimtab_mappings.strategies import DEFAULT, STRATEGIES
 from trimtab_mappings.table import MappingTable, TableError
 from trimtab_mappings.trie import build_trie
+from trimtab_mappings.vocabulary import role_warning
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -87,6 +88,9 @@ def cached_table(
             _log.warning("building the mapping table anew: %s", error)
         else:
             return table
+    for side, vocabulary in (("target", target), ("control", control.vocabulary)):
+        if warning := role_warning(vocabulary, side):
+            _log.warning("%s", warning)
     table = build_table(target, control, strategy)
     try:
         table.save(path)

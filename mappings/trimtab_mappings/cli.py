@@ -19,6 +19,7 @@ from trimtab_mappings.report import Report, print_report, to_json, write_html
 from trimtab_mappings.scoring import find_meetings, score
 from trimtab_mappings.strategies import DEFAULT, STRATEGIES
 from trimtab_mappings.table import MappingTable, TableError
+from trimtab_mappings.table_file import check_replaceable
 from trimtab_mappings.texts import TextError, read_texts
 from trimtab_mappings.views import (
     coverage_section,
@@ -28,6 +29,7 @@ from trimtab_mappings.views import (
     summary_report,
     table_facts,
 )
+from trimtab_mappings.vocabulary import Vocabulary, role_warning
 
 app = typer.Typer(no_args_is_help=True, help="Mapping tables between vocabularies.")
 
@@ -58,14 +60,21 @@ def build(
 ) -> None:
     """Build the table that carries a control's shift into a target's vocabulary."""
     with _refusals():
+        check_replaceable(output)
         served, encoder = load_vocabulary(target), load_encoder(control)
         start = time.perf_counter()
         table = build_table(served, encoder, strategy)
         seconds = time.perf_counter() - start
         table.save(output)
         title = f"{output}: {len(table.mapping)} rows in {seconds:.2f} s"
-        report = Report(title, table_facts(table), [coverage_section(table.coverage)])
-        result = {"output": str(output), "seconds": seconds, "coverage": table.coverage}
+        warnings = _warnings(served, encoder.vocabulary)
+        report = Report(title, table_facts(table), [coverage_section(table.coverage)], warnings)
+        result = {
+            "output": str(output),
+            "seconds": seconds,
+            "coverage": table.coverage,
+            "warnings": warnings,
+        }
         _emit(result, report, as_json=as_json, html=html)
 
 
@@ -128,9 +137,17 @@ def check(
     """Check that a table is whole, and for these two tokenizers."""
     with _refusals():
         loaded = MappingTable.load(table)
-        loaded.check(load_vocabulary(target), load_vocabulary(control))
-        result = {"table": str(table), "target": target, "control": control, "strategy": loaded.strategy}
-        report = Report(f"{table} is whole, and for these two", table_facts(loaded))
+        served, own = load_vocabulary(target), load_vocabulary(control)
+        loaded.check(served, own)
+        warnings = _warnings(served, own)
+        result = {
+            "table": str(table),
+            "target": target,
+            "control": control,
+            "strategy": loaded.strategy,
+            "warnings": warnings,
+        }
+        report = Report(f"{table} is whole, and for these two", table_facts(loaded), warnings=warnings)
         _emit(result, report, as_json=as_json, html=html)
 
 
@@ -167,6 +184,10 @@ def _encoders(
 ) -> tuple[ByteEncoder, ByteEncoder]:
     """The two sides' encoders, from where the table was made from or where the user says they are now."""
     return load_encoder(target or table.target_name), load_encoder(control or table.control_name)
+
+
+def _warnings(target: Vocabulary, control: Vocabulary) -> list[str]:
+    return [*filter(None, (role_warning(target, "target"), role_warning(control, "control")))]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _TOKENIZER_FILE = re.compile(r"token|vocab|tekken|merges|spiece|spm|\.model", re.IGNORECASE)
+_SENTENCEPIECE_FILES = ("tokenizer.model.v*", "spiece.model", "spm.model", "sentencepiece*.model")
 _MISTRAL_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
@@ -24,20 +25,13 @@ def load_tokenizer(path_or_id: str, revision: str | None = None) -> PreTrainedTo
     """Load the fast tokenizer in a directory or of a hub id; code that comes with it is never run.
 
     Besides everything that transformers reads (tekken.json and tiktoken files too), it reads a directory
-    with Mistral's own `tokenizer.model.v*`, as vLLM does with `--tokenizer-mode mistral`.
+    with Mistral's own `tokenizer.model.v*`, as vLLM does with `--tokenizer-mode mistral`, and one with
+    nothing but a SentencePiece model under another of its usual names, such as T5's `spiece.model`.
 
     Raises:
         VocabularyError: there is no tokenizer, or only a slow one.
     """
-    if fault := _fault(path_or_id):
-        raise VocabularyError(f"no tokenizer can be loaded from {path_or_id!r}: {fault}")
-    try:
-        tokenizer = _load_any(path_or_id, revision)
-    except Exception as error:  # transformers lets through whatever a malformed file raises
-        reason = f"{type(error).__name__}: {error}"
-        raise VocabularyError(f"no tokenizer can be loaded from {path_or_id!r}: {reason}") from error
-    backend_of(tokenizer, path_or_id)
-    return tokenizer
+    return _load_checked(path_or_id, revision, local=_is_local(path_or_id, revision))
 
 
 def load_vocabulary(path_or_id: str, revision: str | None = None) -> Vocabulary:
@@ -58,23 +52,72 @@ def load_encoder(path_or_id: str, revision: str | None = None) -> ByteEncoder:
     return ByteEncoder(*_read(path_or_id, revision))
 
 
-def generation_eos(path_or_id: str, revision: str | None = None) -> tuple[int, ...]:
-    """All tokens that end a generation by the model's generation config; none where it can't be read."""
+def generation_eos(path_or_id: str, revision: str | None = None, *, local: bool = False) -> tuple[int, ...]:
+    """All tokens that end a generation by the model's generation config; none where it can't be read.
+
+    Args:
+        path_or_id: a directory or a hub id.
+        revision: of the hub id.
+        local: only files on this machine are read; the hub is not asked.
+    """
     from transformers import GenerationConfig  # noqa: PLC0415 - heavy: only where it is used
 
     try:
-        eos = GenerationConfig.from_pretrained(path_or_id, revision=revision).eos_token_id
+        config = GenerationConfig.from_pretrained(path_or_id, revision=revision, local_files_only=local)
     except (OSError, TypeError, ValueError) as error:
         if (file := Path(path_or_id) / "generation_config.json").exists():
             _log.warning("%s can't be read, what it says of end tokens does not count: %s", file, error)
         return ()
+    eos = config.eos_token_id
     listed = eos if isinstance(eos, list) else [eos]
     return tuple(token_id for token_id in listed if type(token_id) is int)  # no bool
 
 
 def _read(path_or_id: str, revision: str | None) -> tuple[PreTrainedTokenizerBase, Vocabulary]:
-    tokenizer = load_tokenizer(path_or_id, revision)
-    return tokenizer, read_vocabulary(tokenizer, path_or_id, generation_eos(path_or_id, revision))
+    local = _is_local(path_or_id, revision)
+    tokenizer = _load_checked(path_or_id, revision, local=local)
+    return tokenizer, read_vocabulary(
+        tokenizer, path_or_id, generation_eos(path_or_id, revision, local=local)
+    )
+
+
+def _load_checked(path_or_id: str, revision: str | None, *, local: bool) -> PreTrainedTokenizerBase:
+    if fault := _fault(path_or_id):
+        raise VocabularyError(f"no tokenizer can be loaded from {path_or_id!r}: {fault}")
+    try:
+        tokenizer = _load_any(path_or_id, revision, local=local)
+    except Exception as error:  # transformers lets through whatever a malformed file raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise VocabularyError(f"no tokenizer can be loaded from {path_or_id!r}: {reason}") from error
+    backend_of(tokenizer, path_or_id)
+    return tokenizer
+
+
+def _is_local(path_or_id: str, revision: str | None) -> bool:
+    """Whether only files on this machine can be read: it is a path, or the hub does not answer.
+
+    The hub is asked once, without the retries that the loading of every single file would make.
+
+    Raises:
+        VocabularyError: the hub does not answer, and its cache has nothing of this id.
+    """
+    if Path(path_or_id).exists() or _fault(path_or_id):
+        return True
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+
+    try:
+        get_hf_file_metadata(hf_hub_url(path_or_id, "config.json", revision=revision))
+    except (HfHubHTTPError, HFValidationError):
+        return False  # an answer, if only that there is no such file
+    except Exception as no_answer:  # noqa: BLE001 - of the HTTP library that the hub's client uses
+        try:
+            snapshot_download(path_or_id, revision=revision, local_files_only=True)
+        except (LocalEntryNotFoundError, HFValidationError):
+            reason = f"there is no such directory, and the hub does not answer ({no_answer})"
+            raise VocabularyError(f"no tokenizer can be loaded from {path_or_id!r}: {reason}") from no_answer
+        return True
+    return False
 
 
 def _fault(path_or_id: str) -> str | None:
@@ -89,17 +132,22 @@ def _fault(path_or_id: str) -> str | None:
     return None
 
 
-def _load_any(path_or_id: str, revision: str | None) -> PreTrainedTokenizerBase:
-    native = max(Path(path_or_id).glob("tokenizer.model.v*"), default=None)
+def _load_any(path_or_id: str, revision: str | None, *, local: bool) -> PreTrainedTokenizerBase:
     try:
-        return _load(path_or_id, revision)
+        return _load(path_or_id, revision, local=local)
     except (OSError, ValueError):
-        if native is None:
+        if (model := _sentencepiece_model(Path(path_or_id))) is None:
             raise
-        return _load_sentencepiece(native)
+        return _load_sentencepiece(model)
 
 
-def _load(path_or_id: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def _sentencepiece_model(directory: Path) -> Path | None:
+    """A model file that transformers does not look for by its name; of several versions, the newest."""
+    found = (max(directory.glob(pattern), default=None) for pattern in _SENTENCEPIECE_FILES)
+    return next(filter(None, found), None)
+
+
+def _load(path_or_id: str, revision: str | None = None, *, local: bool = True) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer  # noqa: PLC0415 - heavy: only where it is used
 
     # tiktoken would keep a copy of a file by its path, and read the copy when the file is another
@@ -108,6 +156,7 @@ def _load(path_or_id: str, revision: str | None = None) -> PreTrainedTokenizerBa
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         path_or_id,
         revision=revision,
+        local_files_only=local,
         trust_remote_code=False,
         mistral_format=False,
         fix_mistral_regex=False,  # as vLLM reads it; without a warning that asks for a flag
@@ -125,5 +174,9 @@ def _load(path_or_id: str, revision: str | None = None) -> PreTrainedTokenizerBa
 
 def _load_sentencepiece(model: Path) -> PreTrainedTokenizerBase:
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "tokenizer.model").symlink_to(model.absolute())
-        return _load(directory)
+        (link := Path(directory) / "tokenizer.model").symlink_to(model.absolute())
+        try:
+            return _load(directory)
+        except Exception as error:  # a malformed file raises whatever it likes
+            text = str(error).replace(str(link), str(model)).replace(directory, str(model.parent))
+            raise ValueError(text) from error

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _LONG = 24  # characters of a token that are shown
+_PAGE = b"<!doctype html>"  # how the template begins
 _BAR = 12  # characters of a whole bar in a terminal
 
 
@@ -40,7 +41,7 @@ class Report:
     title: str
     facts: Mapping[str, Cell] = dataclasses.field(default_factory=dict)
     sections: Sequence[Section] = ()
-    warning: str = ""
+    warnings: Sequence[str] = ()
 
 
 def show_token(token: bytes) -> str:
@@ -86,8 +87,8 @@ def print_report(report: Report) -> None:
     console.print(Text(report.title, style="bold"), soft_wrap=True)
     for name, value in report.facts.items():
         console.print(Text(f"  {name}: {show(value)}"), soft_wrap=True)
-    if report.warning:
-        console.print(Text(f"\nwarning: {report.warning}", style="yellow"), soft_wrap=True)
+    for warning in report.warnings:
+        console.print(Text(f"\nwarning: {warning}", style="yellow"), soft_wrap=True)
     for section in report.sections:
         console.print(Text(f"\n{section.title}", style="bold"), soft_wrap=True)
         table = Table(box=None, pad_edge=False)
@@ -111,7 +112,7 @@ def write_html(report: Report, path: Path) -> None:
     """Write one page that needs nothing else.
 
     Raises:
-        OSError: the file can't be written.
+        OSError: the file can't be written, or a file with other contents is there.
     """
     from jinja2 import Environment, PackageLoader  # noqa: PLC0415 - only where it is used
 
@@ -122,6 +123,8 @@ def write_html(report: Report, path: Path) -> None:
     environment.tests["share"] = lambda cell: isinstance(cell, Share)
     environment.tests["token"] = lambda cell: isinstance(cell, bytes)
     page = environment.get_template("report.html").render(report=report)
+    if path.exists() and path.read_bytes()[: len(_PAGE)] not in (b"", _PAGE):
+        raise FileExistsError(f"{path} is a file that is no page, and is not replaced; name another file")
     path.write_text(page, encoding="utf-8")
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shlex
 import uuid
 from dataclasses import dataclass
 from enum import IntEnum
@@ -14,7 +11,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from trimtab_mappings.trie import Trie, trie_fault
+from trimtab_mappings.table_file import (
+    FORMAT,
+    NAMES,
+    TENSORS,
+    TEXTS,
+    VERSION,
+    TableError,
+    check_is_file,
+    check_metadata,
+    checksum,
+    checksum_fault,
+    decoded_names,
+    encoded_names,
+    rebuild_advice,
+    refusal,
+    structure_fault,
+    unreadable,
+)
+from trimtab_mappings.trie import Trie
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,31 +38,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trimtab_mappings.vocabulary import Vocabulary
-
-FORMAT = "trimtab-mapping"
-VERSION = 3
-_TENSORS = {
-    "mapping": np.int32,
-    "exact": np.bool_,
-    "segment_offsets": np.int32,
-    "segment_ids": np.int32,
-    "target_offsets": np.int32,
-    "target_bytes": np.uint8,
-    "control_offsets": np.int32,
-    "control_bytes": np.uint8,
-    **{f"trie_{column}": np.int32 for column in Trie._fields},
-}
-_RAGGED = {
-    "segment_offsets": "segment_ids",
-    "target_offsets": "target_bytes",
-    "control_offsets": "control_bytes",
-}
-_TEXTS = ("strategy", "target_name", "control_name", "target_fingerprint", "control_fingerprint")
-_NAMES = ("target_special", "control_special")
-
-
-class TableError(ValueError):
-    """A mapping table that can't be used; the message says which, why, and what to run."""
 
 
 class Kind(IntEnum):
@@ -156,15 +146,16 @@ class MappingTable:
 
         path.parent.mkdir(parents=True, exist_ok=True)
         trie = {f"trie_{column}": values for column, values in self.trie._asdict().items()}
-        tensors = trie | {key: getattr(self, key) for key in _TENSORS if key not in trie}
-        texts = {key: getattr(self, key) for key in _TEXTS}
-        texts |= {key: _encoded_names(getattr(self, key)) for key in _NAMES}
-        checksum = _checksum(tensors, texts)
-        metadata = {"format": FORMAT, "version": str(VERSION), **texts, "sha256": checksum}
+        tensors = trie | {key: getattr(self, key) for key in TENSORS if key not in trie}
+        texts = {key: getattr(self, key) for key in TEXTS}
+        texts |= {key: encoded_names(getattr(self, key)) for key in NAMES}
+        metadata = {"format": FORMAT, "version": str(VERSION), **texts, "sha256": checksum(tensors, texts)}
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             temporary.write_bytes(save(tensors, metadata))
             temporary.replace(path)
+        except OSError as error:  # which names the temporary file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -177,28 +168,28 @@ class MappingTable:
         """
         from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - only where it is used
 
-        if not path.is_file():
-            raise _refusal(path, "is a directory" if path.is_dir() else "there is no such file")
+        check_is_file(path)
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
-                _check_metadata(path, metadata)
-                tensors = {key: file.get_tensor(key) for key in _TENSORS}
+                check_metadata(path, metadata)
+                tensors = {key: file.get_tensor(key) for key in TENSORS}
         except TableError:
             raise
+        # numpy knows not every type that a header can name
         except (OSError, SafetensorError, AttributeError, TypeError, ValueError) as error:
-            raise _refusal(  # numpy knows not every type that a header can name
-                path, f"can't be read as a safetensors file with a table's arrays: {error}"
-            ) from error
-        texts = {key: metadata[key] for key in (*_TEXTS, *_NAMES)}
-        if fault := _fault(tensors) or _difference(_checksum(tensors, texts), metadata["sha256"]):
-            raise _refusal(path, fault, texts)
+            raise unreadable(path, error) from error
+        texts = {key: metadata[key] for key in (*TEXTS, *NAMES)}
+        changed = checksum_fault(checksum(tensors, texts), metadata["sha256"])
+        if fault := changed or structure_fault(tensors):
+            raise refusal(path, fault, rebuild_advice(path, texts))
         trie = Trie(*(tensors.pop(f"trie_{column}") for column in Trie._fields))
         fields: dict[str, Any] = {**tensors, **texts, "trie": trie}
-        for key, rows in zip(_NAMES, ("target_offsets", "control_offsets"), strict=True):
-            fields[key] = _special_names(texts[key], len(tensors[rows]) - 1)
+        for key, rows in zip(NAMES, ("target_offsets", "control_offsets"), strict=True):
+            fields[key] = decoded_names(texts[key], len(tensors[rows]) - 1)
             if fields[key] is None:
-                raise _refusal(path, f"{key} is no JSON object of token ids and names", texts)
+                fault = f"{key} is no JSON object of token ids and names"
+                raise refusal(path, fault, rebuild_advice(path, texts))
         return cls(**fields, source=path)
 
     def check(self, target: Vocabulary, control: Vocabulary | None = None) -> None:
@@ -207,13 +198,21 @@ class MappingTable:
         Raises:
             TableError: a fingerprint differs.
         """
-        if faults := "; ".join(self._mismatches(target=target, control=control)):
+        faults = "; ".join(self._mismatches(target=target, control=control))
+        if faults and control and self._is_swapped(target, control):
+            fault = f"the target and the control are swapped: {faults}"
+            raise refusal(self.source, fault, "name them the other way round")
+        if faults:
             names = {
                 "target_name": target.name,
                 "control_name": control.name if control else self.control_name,
                 "strategy": self.strategy,
             }
-            raise _refusal(self.source, faults, names)
+            raise refusal(self.source, faults, rebuild_advice(self.source, names))
+
+    def _is_swapped(self, target: Vocabulary, control: Vocabulary) -> bool:
+        own = (self.target_fingerprint, self.control_fingerprint)
+        return own == (control.fingerprint, target.fingerprint)
 
     def _mismatches(self, **sides: Vocabulary | None) -> Iterator[str]:
         for side, here in sides.items():
@@ -230,79 +229,4 @@ def _split(values: NDArray[np.uint8], offsets: NDArray[np.int32]) -> list[bytes]
     return [data[start:end] for start, end in pairwise(bounds)]
 
 
-def _refusal(path: Path | None, fault: str, texts: Mapping[str, str] | None = None) -> TableError:
-    texts = texts or {}
-    table = f"mapping table {path}" if path else "mapping table"
-    strategy = f" --strategy {shlex.quote(texts['strategy'])}" if "strategy" in texts else ""
-    sides = [shlex.quote(texts.get(f"{side}_name", side.upper())) for side in ("target", "control")]
-    output = shlex.quote(str(path or "FILE"))
-    command = f"trimtab map build --target {sides[0]} --control {sides[1]}{strategy} --output {output}"
-    return TableError(f"{table}: {fault}; make it anew: {command}")
-
-
-def _check_metadata(path: Path, metadata: dict[str, str]) -> None:
-    if metadata.get("format") != FORMAT or "version" not in metadata:
-        fault = f"is not a mapping table: expected metadata with format {FORMAT!r}, found {sorted(metadata)}"
-        raise _refusal(path, fault)
-    version = metadata["version"]
-    if version != str(VERSION):
-        newer = version.isdecimal() and int(version) > VERSION
-        advice = " (upgrade trimtab to read it)" if newer else ""
-        fault = f"has format version {version!r}, expected {str(VERSION)!r}{advice}"
-        raise _refusal(path, fault, {key: metadata[key] for key in _TEXTS if key in metadata})
-    if missing := [key for key in (*_TEXTS, *_NAMES, "sha256") if key not in metadata]:
-        raise _refusal(path, f"is corrupted: its metadata lacks {', '.join(missing)}")
-
-
-def _checksum(tensors: Mapping[str, NDArray[Any]], texts: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps([texts[key] for key in (*_TEXTS, *_NAMES)]).encode())
-    for key in _TENSORS:
-        digest.update(tensors[key].tobytes())
-    return digest.hexdigest()
-
-
-def _encoded_names(names: Mapping[int, str]) -> str:
-    return json.dumps({**names})
-
-
-def _special_names(text: str, rows: int) -> dict[int, str] | None:
-    """The names of special tokens by their ids; none where they are anything else."""
-    try:
-        names = {int(token_id): name for token_id, name in json.loads(text).items()}
-    except (ValueError, AttributeError, RecursionError):
-        return None
-    fits = all(0 <= token_id < rows and isinstance(name, str) for token_id, name in names.items())
-    return names if fits else None
-
-
-def _difference(found: str, expected: str) -> str | None:
-    if found == expected:
-        return None
-    return f"is corrupted: its contents have sha256 {found[:16]}, expected {expected[:16]}"
-
-
-def _fault(tensors: dict[str, NDArray[Any]]) -> str | None:
-    for key, dtype in _TENSORS.items():
-        tensor = tensors[key]
-        if tensor.dtype != dtype or tensor.ndim != 1:
-            return f"{key} is {tensor.dtype} {tensor.shape}, expected one row of {np.dtype(dtype)}"
-    rows = len(tensors["mapping"])
-    for key, expected in (("exact", rows), ("segment_offsets", rows + 1), ("target_offsets", rows + 1)):
-        if len(tensors[key]) != expected:
-            return f"{key} has {len(tensors[key])} entries, expected {expected} for {rows} rows of mapping"
-    for key, values in _RAGGED.items():
-        offsets = tensors[key]
-        if (
-            not len(offsets)
-            or offsets[0]
-            or offsets[-1] != len(tensors[values])
-            or (offsets[1:] < offsets[:-1]).any()
-        ):
-            return f"{key} do not partition {values}"
-    control_size = len(tensors["control_offsets"]) - 1
-    for key, lowest in (("mapping", -1), ("segment_ids", 0)):
-        ids = tensors[key]
-        if len(ids) and not lowest <= ids.min() <= ids.max() < control_size:
-            return f"{key} has ids from {ids.min()} to {ids.max()}, expected {lowest} to {control_size - 1}"
-    trie = Trie(*(tensors[f"trie_{column}"] for column in Trie._fields))
-    return trie_fault(trie, np.diff(tensors["segment_offsets"]))
+__all__ = ["Coverage", "Kind", "MappingTable", "TableError"]

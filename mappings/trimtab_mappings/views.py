@@ -60,8 +60,8 @@ def summary_report(summary: Summary) -> Report:
         rows = [_row_cells(row) for row in summary.worst]
         note = "of a token without a counterpart, its own length is its distance"
         sections.append(Section(f"The worst rows, by {by}", columns, rows, note))
-    warning = _coarse_warning(summary.control_in_pieces) if summary.coarser else ""
-    return Report("Mapping table", facts, sections, warning)
+    warnings = [_coarse_warning(summary.control_in_pieces)] if summary.coarser else []
+    return Report("Mapping table", facts, sections, warnings)
 
 
 def coverage_section(coverage: Coverage, uses: Coverage | None = None) -> Section:

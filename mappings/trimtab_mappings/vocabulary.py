@@ -103,6 +103,23 @@ def read_vocabulary(
     )
 
 
+def role_warning(vocabulary: Vocabulary, side: str) -> str | None:
+    """What a side of a mapping can't do for want of special tokens with a role; None if it has an eos.
+
+    Args:
+        vocabulary: the side's.
+        side: what it is in the mapping, `target` or `control`; for the message.
+    """
+    if "eos" in vocabulary.roles:
+        return None
+    roles = ", ".join(vocabulary.roles)
+    lack = f"no eos token (of the roles it has: {roles})" if roles else "no special token with a role"
+    return (
+        f"the {side} {vocabulary.name!r} has {lack}, so that a control has no say in where an answer ends;"
+        " name the tokens in its tokenizer_config.json"
+    )
+
+
 def backend_of(tokenizer: PreTrainedTokenizerBase, name: str) -> Tokenizer:
     """The `tokenizers.Tokenizer` behind a fast tokenizer.
 
@@ -173,4 +190,12 @@ def _fingerprint(
     return digest.hexdigest()
 
 
-__all__ = ["ROLES", "Vocabulary", "VocabularyError", "backend_of", "index_tokens", "read_vocabulary"]
+__all__ = [
+    "ROLES",
+    "Vocabulary",
+    "VocabularyError",
+    "backend_of",
+    "index_tokens",
+    "read_vocabulary",
+    "role_warning",
+]

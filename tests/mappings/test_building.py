@@ -243,3 +243,12 @@ def test_a_table_that_can_not_be_kept_is_used_all_the_same(gpt2_like, llama_like
         table = cached_table(gpt2_like.vocabulary, llama_like.encoder, tmp_path / "file")
     table.check(gpt2_like.vocabulary, llama_like.vocabulary)
     assert "the mapping table can't be kept" in caplog.text
+
+
+def test_a_table_of_a_side_without_any_role_is_built_with_a_warning(gpt2_like, llama_like, tmp_path, caplog):
+    backend = Tokenizer.from_str(llama_like.tokenizer.backend_tokenizer.to_str())
+    control = encoder_of(PreTrainedTokenizerFast(tokenizer_object=backend))
+    with caplog.at_level(logging.WARNING):
+        cached_table(gpt2_like.vocabulary, control, tmp_path)
+    assert f"the control {control.vocabulary.name!r} has no special token with a role" in caplog.text
+    assert "the target" not in caplog.text

@@ -6,7 +6,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import hand_made
@@ -195,10 +199,56 @@ def test_diff_tells_alike_from_different_as_diff_does(path, both, tmp_path):
 def test_check_accepts_a_table_of_these_two_and_no_other(path, both, directories):
     assert found("check", path, *both)["strategy"] == "pm-mined"
     assert f"{path} is whole, and for these two" in run("check", path, *both).stdout.replace("\n", "")
-    swapped = ["--target", directories["control"], "--control", directories["target"]]
-    refusal = run("check", path, *swapped, status=2).stderr
+    other = ["--target", directories["control"], "--control", directories["control"]]
+    refusal = run("check", path, *other, status=2).stderr
     assert f"error: mapping table {path}: its target is '{directories['target']}'" in refusal
     assert "trimtab map build" in refusal
+    swapped = ["--target", directories["control"], "--control", directories["target"]]
+    refusal = run("check", path, *swapped, status=2).stderr
+    assert f"error: mapping table {path}: the target and the control are swapped: " in refusal
+    assert "trimtab map build" not in refusal
+
+
+def test_build_does_not_replace_a_file_that_is_no_table(both, tmp_path):
+    model = tmp_path / "model.safetensors"
+    save_file({"weight": np.zeros(3, np.float32)}, model, {"format": "pt"})
+    before = model.read_bytes()
+    refusal = run("build", *both, "--output", model, status=2).stderr
+    assert f"error: {model} is a file that is no mapping table, and is not replaced" in refusal
+    assert model.read_bytes() == before
+
+
+def test_build_replaces_a_table(built, both, tmp_path):
+    output = tmp_path / "table.safetensors"
+    output.write_bytes(built[0].read_bytes()[:-1])
+    run("build", *both, "--output", output)
+    MappingTable.load(output)
+
+
+def test_a_page_does_not_replace_a_file_that_is_no_page(path, tmp_path):
+    before = path.read_bytes()
+    refusal = run("show", path, "--html", path, status=2).stderr
+    assert f"error: {path} is a file that is no page, and is not replaced" in refusal
+    assert path.read_bytes() == before
+    for _ in range(2):
+        run("show", path, "--html", tmp_path / "page.html")
+
+
+def test_build_and_check_warn_of_a_side_without_an_end(directories, gpt2_like, tmp_path):
+    backend = Tokenizer.from_str(gpt2_like.tokenizer.backend_tokenizer.to_str())
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(tmp_path / "endless")
+    sides = ["--target", tmp_path / "endless", "--control", directories["control"]]
+    table = ["--output", tmp_path / "table.safetensors"]
+    lack = "has no eos token (of the roles it has: unk), so that a control has no say in where an answer ends"
+    warning = f"the target '{tmp_path / 'endless'}' {lack}"
+    assert f"warning: {warning}" in run("build", *sides, *table).stdout
+    for arguments in (["build", *sides, *table], ["check", table[1], *sides]):
+        assert [each[: len(warning)] for each in found(*arguments)["warnings"]] == [warning]
+
+
+def test_build_and_check_do_not_warn_of_sides_with_an_end(path, both, tmp_path):
+    assert found("build", *both, "--output", tmp_path / "table.safetensors")["warnings"] == []
+    assert found("check", path, *both)["warnings"] == []
 
 
 def test_score_puts_every_strategy_beside_the_table_s(path, text):

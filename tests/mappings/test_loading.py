@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
+import tempfile
+import time
 
 import pytest
 from hypothesis import given
@@ -114,6 +117,12 @@ def test_mistral_s_own_file_is_what_others_call_a_sentencepiece_model(mistral, m
     assert load_vocabulary(str(tmp_path)).fingerprint == mistral[V3].vocabulary.fingerprint
 
 
+@pytest.mark.parametrize("name", ["spiece.model", "spm.model", "sentencepiece.bpe.model"])
+def test_a_sentencepiece_model_is_found_by_its_other_names(mistral, mistral_data, tmp_path, name):
+    (tmp_path / name).symlink_to(mistral_data / V3)
+    assert load_vocabulary(str(tmp_path)).fingerprint == mistral[V3].vocabulary.fingerprint
+
+
 def test_of_several_of_mistral_s_files_the_newest_is_read(mistral, mistral_data, tmp_path):
     for version, source in (("v1", V1), ("v3", V3)):
         (tmp_path / f"tokenizer.model.{version}").symlink_to(mistral_data / source)
@@ -160,13 +169,39 @@ def test_a_model_s_config_is_not_taken_for_a_tokenizer(tmp_path, model_type):
         ("tokenizer.json", b'{"added_tokens": [], "model": {"type": "Strange"}}'),
         ("tokenizer.model", b"\0\1no tokens"),
         ("tokenizer.model.v3", b"\0\1no tokens"),
+        ("spiece.model", b"\0\1no tokens"),
         ("tekken.json", b"{}"),
     ],
 )
 def test_a_malformed_file_is_refused_and_its_directory_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(VocabularyError, match=f"{UNREADABLE} '{tmp_path}': "):
+    with pytest.raises(VocabularyError, match=f"{UNREADABLE} '{tmp_path}': ") as error:
         load_tokenizer(str(tmp_path))
+    others = str(error.value).replace(str(tmp_path), "")
+    assert tempfile.gettempdir() not in others
+    assert "\n" not in others
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """No answer from the hub, and an empty cache."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/{{repo_id}}/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_vocabulary, load_encoder])
+@pytest.mark.usefixtures("no_network")
+def test_a_hub_id_without_a_network_is_one_plain_error_at_once(caplog, load):
+    fault = "there is no such directory, and the hub does not answer"
+    start = time.monotonic()
+    with pytest.raises(VocabularyError, match=rf"^{UNREADABLE} 'org/name': {fault} \(.*\)$"):
+        load("org/name")
+    assert time.monotonic() - start < 1  # the hub's client would wait for one second before its second try
+    assert caplog.text == ""
 
 
 def test_a_slow_tokenizer_is_refused(tmp_path):

@@ -14,12 +14,14 @@ from safetensors.numpy import load_file, save_file
 
 import hand_made
 from trimtab_mappings import Coverage, Kind, MappingTable, TableError, build_table
+from trimtab_mappings.table_file import check_replaceable
 
 ARRAYS = (
     *("mapping", "exact", "segment_offsets", "segment_ids"),
     *("target_offsets", "target_bytes", "control_offsets", "control_bytes"),
 )
 TEXTS = ("strategy", "target_name", "control_name", "target_fingerprint", "control_fingerprint")
+NO_TABLE = "name a file that `trimtab map build` wrote"
 BUILD = "make it anew: trimtab map build --target {} --control {}{} --output {}"
 
 
@@ -44,6 +46,11 @@ def load_or_refusal(path):
         return MappingTable.load(path)
     except TableError as error:
         return str(error)
+
+
+def arrays_start(content):
+    """Where the arrays begin in the bytes of a safetensors file."""
+    return 8 + int.from_bytes(content[:8], "little")
 
 
 def metadata_of(path):
@@ -131,7 +138,7 @@ def test_saving_makes_the_directory_and_leaves_nothing_else(table, tmp_path):
 def test_a_failed_save_leaves_what_was_there(table, tmp_path):
     path = tmp_path / "table.safetensors"
     (path / "not empty").mkdir(parents=True)  # which no file replaces
-    with pytest.raises(OSError, match=r"table\.safetensors"):
+    with pytest.raises(OSError, match=rf": '{path}'$"):  # and not the temporary file's name
         table.save(path)
     assert [*tmp_path.iterdir()] == [path]
     assert [*path.iterdir()] == [path / "not empty"]
@@ -142,7 +149,14 @@ def test_a_missing_file_is_named(tmp_path):
     fault, command = refusal(path)
     assert "there is no such file" in fault
     assert command == BUILD.format("TARGET", "CONTROL", "", path)
-    assert "is a directory" in refusal(tmp_path)[0]
+
+
+def test_what_is_no_table_is_refused_without_advice_to_build_over_it(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(64))
+    save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "notes.txt").write_text("a table has the format trimtab-mapping", encoding="utf-8")
+    for path in (tmp_path, *tmp_path.iterdir()):
+        assert refusal(path)[1] == NO_TABLE
 
 
 @given(data=st.data())
@@ -152,7 +166,8 @@ def test_a_file_truncated_anywhere_is_refused(content, scratch, data):
     scratch.write_bytes(content[:length])
     fault, command = refusal(scratch)
     assert "can't be read as a safetensors file with a table's arrays" in fault
-    assert command == BUILD.format("TARGET", "CONTROL", "", scratch)
+    known = b'"format":"trimtab-mapping"' in content[:length]
+    assert command == (BUILD.format("TARGET", "CONTROL", "", scratch) if known else NO_TABLE)
 
 
 @settings(max_examples=2000)
@@ -167,7 +182,8 @@ def test_a_file_with_a_changed_byte_is_refused_or_is_the_same_table(table, conte
         assert not differences(loaded, table)
     else:
         assert loaded.startswith(f"mapping table {scratch}: ")
-        assert "; make it anew: trimtab map build --target " in loaded
+        assert "; make it anew: trimtab map build --target " in loaded or loaded.endswith(NO_TABLE)
+        assert "checksum error" in loaded or position < arrays_start(content)
 
 
 @given(extra=st.binary(min_size=1))
@@ -179,7 +195,9 @@ def test_a_file_with_bytes_behind_its_end_is_refused(content, scratch, extra):
 @given(junk=st.binary())
 def test_a_file_of_any_other_bytes_is_refused(scratch, junk):
     scratch.write_bytes(junk)
-    assert "can't be read as a safetensors file" in refusal(scratch)[0]
+    fault, advice = refusal(scratch)
+    assert "can't be read as a safetensors file" in fault
+    assert advice == NO_TABLE
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "trimtab-mapping"}])
@@ -188,7 +206,7 @@ def test_a_file_of_another_kind_is_refused(saved, metadata):
     fault, command = refusal(saved)
     found = [*metadata] if metadata else []
     assert fault == f"is not a mapping table: expected metadata with format 'trimtab-mapping', found {found}"
-    assert command == BUILD.format("TARGET", "CONTROL", "", saved)
+    assert command == NO_TABLE
 
 
 @pytest.mark.parametrize(
@@ -226,7 +244,7 @@ def test_a_table_without_a_part_of_its_metadata_is_refused(saved, key):
 @pytest.mark.parametrize("key", TEXTS)
 def test_a_table_whose_metadata_was_changed_is_refused(saved, key):
     save_file(load_file(saved), saved, metadata_of(saved) | {key: "another"})
-    assert "is corrupted: its contents have sha256" in refusal(saved)[0]
+    assert "is corrupted, checksum error: its contents have sha256" in refusal(saved)[0]
 
 
 @pytest.mark.parametrize("name", ARRAYS)
@@ -314,6 +332,46 @@ def test_a_table_for_another_tokenizer_is_refused_and_both_sides_are_named(saved
         assert str(error.value) == f"mapping table {saved}: {expected}; {command}"
 
 
+def test_a_changed_array_is_a_checksum_error_before_anything_else_is_said_of_it(saved):
+    content = bytearray(saved.read_bytes())
+    start = arrays_start(content)
+    for position in range(start, len(content), 7):
+        changed = content.copy()
+        changed[position] ^= 0x80
+        saved.write_bytes(changed)
+        assert "is corrupted, checksum error: " in refusal(saved)[0]
+
+
+def test_swapped_sides_are_said_to_be_swapped_and_nothing_is_to_be_built(saved):
+    target, control = hand_made.target().vocabulary, hand_made.control().vocabulary
+    with pytest.raises(TableError) as error:
+        MappingTable.load(saved).check(control, target)
+    message = str(error.value)
+    assert message.startswith(f"mapping table {saved}: the target and the control are swapped: its target is")
+    assert message.endswith("; name them the other way round")
+
+
+@pytest.mark.parametrize("before", ["no file", "an empty file", "a table", "a damaged table"])
+def test_a_table_may_be_written_where_nothing_or_a_table_is(table, tmp_path, before):
+    path = tmp_path / "table.safetensors"
+    if before == "an empty file":
+        path.touch()
+    elif before != "no file":
+        table.save(path)
+        path.write_bytes(path.read_bytes()[: -1 if before == "a damaged table" else None])
+    check_replaceable(path)
+
+
+def test_a_table_may_not_be_written_over_anything_else(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(64))
+    save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    for path in tmp_path.iterdir():
+        with pytest.raises(TableError, match=f"^{path} is a file that is no mapping table, and is not"):
+            check_replaceable(path)
+    with pytest.raises(TableError, match=f"^{tmp_path} is no file, and is not replaced; name another file$"):
+        check_replaceable(tmp_path)
+
+
 def test_a_table_that_was_never_saved_is_refused_without_naming_a_file(table, gpt2_like):
     with pytest.raises(TableError, match=r"^mapping table: its target is .* --output FILE$"):
         table.check(gpt2_like.vocabulary)
@@ -323,7 +381,7 @@ def test_a_table_that_was_never_saved_is_refused_without_naming_a_file(table, gp
 def test_names_of_special_tokens_that_are_none_are_refused(table, tmp_path, monkeypatch, names):
     path = tmp_path / "table.safetensors"
     with monkeypatch.context() as patch:  # such a file has a right checksum: that is no signature
-        patch.setattr("trimtab_mappings.table._encoded_names", lambda _: names)
+        patch.setattr("trimtab_mappings.table.encoded_names", lambda _: names)
         table.save(path)
     fault, _ = refusal(path)
     assert "target_special is no JSON object of token ids and names" in fault
