@@ -23,6 +23,7 @@ SEEN = web.AppKey("seen", dict)
 NAME = web.AppKey("name", str)
 CONTROLS = web.AppKey("controls", dict)
 ADMIN_KEY = web.AppKey("admin_key", str)
+MAPPING = {"strategy": "pm-mined", "exact": 7, "longest_target_token": 9}
 METRICS = """\
 # HELP vllm:prompt_tokens_total Number of prefill tokens processed.
 # TYPE vllm:prompt_tokens_total counter
@@ -78,7 +79,12 @@ async def list_controls(request: web.Request) -> web.Response:
     if CONTROLS not in request.app:
         raise web.HTTPNotFound
     data = [
-        {"id": name, "object": "control", "root": root, "mapping": {"strategy": "pm-mined", "exact": 7}}
+        {
+            "id": name,
+            "object": "control",
+            "root": root,
+            "mapping": {"strategy": "pm-mined", "exact": 7, "longest_target_token": 9},
+        }
         for name, root in request.app[CONTROLS].items()
     ]
     return web.json_response({"object": "list", "data": data})

@@ -132,6 +132,12 @@ class MappingTable:
         """How many target tokens are of which kind."""
         return self.weighted_coverage(np.ones(len(self.mapping), np.int64))
 
+    @property
+    def longest_target_token(self) -> int:
+        """Upper bound on the bytes that a target token stands for; special tokens count as their names."""
+        special = max((len(text.encode()) for text in self.target_special.values()), default=0)
+        return max(special, int(np.diff(self.target_offsets).max(initial=0)))
+
     def weighted_coverage(self, uses: NDArray[np.int64]) -> Coverage:
         """How many of `uses`, int64 [V_target], are of tokens of which kind."""
         return Coverage(*(int(uses[self.kinds == Kind[kind.upper()]].sum()) for kind in Coverage._fields))

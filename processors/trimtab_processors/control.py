@@ -139,6 +139,7 @@ class Control:
             "mapping": {
                 "strategy": self.table.strategy,
                 "routing": self.default_routing,
+                "longest_target_token": self.table.longest_target_token,
                 **self.table.coverage._asdict(),
             },
         }

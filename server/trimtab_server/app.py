@@ -27,6 +27,7 @@ from trimtab_server.exchange import APPLIED_CONTROL, REQUEST_ID, Observe
 from trimtab_server.loading import Loader
 from trimtab_server.metrics import Metrics
 from trimtab_server.playground import playground_routes
+from trimtab_server.preparing import Preparer
 from trimtab_server.routes import Gateway, admin_routes, open_routes, routes
 from trimtab_server.settings import Cors, Settings
 from trimtab_server.workers import Workers
@@ -45,7 +46,15 @@ def create_app(settings: Settings, catalogue: Catalogue, workers: Workers, metri
     app = FastAPI(
         title="Trimtab", version=version("trimtab"), lifespan=lifespan, docs_url=None, redoc_url=None
     )
-    app.state.gateway = Gateway(settings, catalogue, workers, metrics, loader, BodyReader(settings))
+    app.state.gateway = Gateway(
+        settings,
+        catalogue,
+        workers,
+        metrics,
+        loader,
+        bodies=BodyReader(settings),
+        preparer=Preparer(settings.limits),
+    )
     if settings.cors.is_open:
         app.add_middleware(CORSMiddleware, **_cors_options(settings.cors))
     # Around all others, so that a preflight that another one answers is in the log too.

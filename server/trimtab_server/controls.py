@@ -10,8 +10,8 @@ from typing import Any
 
 from trimtab_mappings import VocabularyError
 from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED, Pack, PackError, RequestRouting, load_pack
-from trimtab_processors.parameters import PREFIX, Parameters, to_xargs
-from trimtab_server.errors import BadRequestError, PromptTooLongError
+from trimtab_processors.parameters import PREFIX, Parameters
+from trimtab_server.errors import BadRequestError
 from trimtab_server.prompts import Prompter, load_prompter
 from trimtab_server.selection import FIELD, OFF, Selection, Wanted
 from trimtab_server.settings import Settings, SettingsError
@@ -70,14 +70,12 @@ class Choice:
         said = (f";{key}={value}" for key, value in options.items() if value is not None)
         return f"{self.control.name}={self.strength!r}{''.join(said)}"
 
-    def parameters(self, chat: Mapping[str, Any] | None) -> Parameters:
-        """What the plugin is told; see `xargs_of`."""
-        prompter = self.control.prompter
-        prompt = None if chat is None or prompter is None else tuple(prompter.encode(chat))
+    def parameters(self, prompt: Sequence[int] | None) -> Parameters:
+        """What the plugin is told; without a `prompt` of the control's own it takes the target's text."""
         return Parameters(
             control=self.control.name,
             strength=self.strength,
-            prompt=prompt,
+            prompt=None if prompt is None else tuple(prompt),
             top_k=self.top_k,
             routing=self.routing,
         )
@@ -90,28 +88,6 @@ Choices = Sequence[Choice]
 def applied(choices: Choices) -> str:
     """What an answer says of what was applied."""
     return ",".join(map(str, choices)) or OFF
-
-
-async def xargs_of(choices: Choices, chat: Mapping[str, Any] | None, limit: int) -> dict[str, Any]:
-    """What the plugin is told.
-
-    Args:
-        choices: one at least.
-        chat: a body with `messages`, for prompts of the controls' own; None: that of the target is theirs.
-        limit: of the tokens of each such prompt.
-
-    Raises:
-        BadRequestError: a control's template refuses the messages.
-        PromptTooLongError: a prompt has more tokens.
-    """
-    parameters = await asyncio.to_thread(lambda: [choice.parameters(chat) for choice in choices])
-    for each in parameters:
-        if each.prompt is not None and len(each.prompt) > limit:
-            raise PromptTooLongError(
-                f"The prompt has {len(each.prompt)} tokens of {each.control!r}, more than {limit}.",
-                param="messages",
-            )
-    return to_xargs(parameters)
 
 
 class Catalogue:

@@ -21,7 +21,8 @@ from trimtab_server.errors import (
     WorkerFailedError,
     WorkerUnavailableError,
 )
-from trimtab_server.replicas import CONTROLS, State, Worker
+from trimtab_server.prompt_bound import CONTROLS
+from trimtab_server.replicas import State, Worker
 from trimtab_server.settings import Settings
 from trimtab_server.upstream import Upstream
 from trimtab_server.workers import Workers

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from trimtab_mappings import load_tokenizer
-from trimtab_server.errors import BadRequestError
+from trimtab_server.errors import BadRequestError, PromptTooLongError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -14,28 +17,53 @@ if TYPE_CHECKING:
     from trimtab_processors.pack import Pack
 
 
-def chat_of(path: str, body: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """A request's conversation as that of a chat request.
+@dataclass(frozen=True)
+class Chat:
+    """A conversation as a control's chat template gets it: texts alone, without images and audio."""
+
+    messages: Sequence[Mapping[str, Any]]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    @property
+    def size(self) -> int:
+        """Its bytes as JSON: what rendering and tokenizing it costs grows with them."""
+        return len(msgspec.json.encode(self.messages))
+
+    @property
+    def text_bytes(self) -> int:
+        """The bytes of its texts alone."""
+        return sum(len(message["content"].encode()) for message in self.messages)
+
+
+def chat_of(path: str, body: Mapping[str, Any]) -> Chat | None:
+    """Return the conversation of a request.
 
     Args:
         path: the endpoint.
-        body: what it was sent.
+        body: the request's body.
 
     Returns:
-        A body with `messages`; None where the endpoint has no conversation, or not all of it is in the body.
+        None if the endpoint has no conversation, or not all of it is in the body.
+
+    Raises:
+        BadRequestError: `messages` or `input` is not a list of objects, or a content is not text or parts.
     """
     match path:
         case "/v1/chat/completions":
-            return body
+            continues = bool(body.get("continue_final_message"))
+            asks = bool(body.get("add_generation_prompt", not continues))
+            return Chat(_messages(body.get("messages")), asks, continues)
         case "/v1/messages":
-            return {"messages": [*_system(body.get("system")), *_listed(body.get("messages"), "messages")]}
+            turns = [*_system(body.get("system")), *_listed(body.get("messages"), "messages")]
+            return Chat(_messages(turns))
         case "/v1/responses" if not body.get("previous_response_id"):
             given = body.get("input")
             turns = (
                 [{"role": "user", "content": given}] if isinstance(given, str) else _listed(given, "input")
             )
             spoken = [turn for turn in turns if not isinstance(turn, dict) or "role" in turn]
-            return {"messages": [*_system(body.get("instructions")), *spoken]}
+            return Chat(_messages([*_system(body.get("instructions")), *spoken]))
     return None
 
 
@@ -49,29 +77,59 @@ class Prompter:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._longest_token = max(len(token.encode()) for token in tokenizer.get_vocab())
+        """Upper bound on the bytes of a token: byte-level vocabularies write some bytes as two."""
 
-    def encode(self, body: Mapping[str, Any]) -> list[int]:
-        """The prompt of a chat request, as the control's token ids.
+    def render(self, chat: Chat) -> str:
+        """Return the text of a chat in the control's template.
 
         Raises:
-            BadRequestError: `messages` is no list of objects, or the template refuses them.
+            BadRequestError: the template rejects the messages.
         """
-        messages = _messages(body.get("messages"))
-        continues = bool(body.get("continue_final_message"))
         try:
             text = self._tokenizer.apply_chat_template(
-                messages,
+                chat.messages,
                 chat_template=self._template,
                 tokenize=False,
-                add_generation_prompt=bool(body.get("add_generation_prompt", not continues)),
-                continue_final_message=continues,
+                add_generation_prompt=chat.add_generation_prompt,
+                continue_final_message=chat.continue_final_message,
             )
-            # A batch of one: unlike a single text, it is encoded without Python's global lock, so that other
-            # requests go on meanwhile.
-            return list(self._backend.encode_batch([text], add_special_tokens=False)[0].ids)
         except Exception as error:  # a template is data, and fails in any way it likes
-            message = f"The control's chat template can't render these messages: {error}"
-            raise BadRequestError(message, param="messages") from error
+            raise _rejected(error) from error
+        return str(text)
+
+    def encode(self, text: str, limit: int) -> list[int]:
+        """Return the control's token ids of a rendered chat.
+
+        Args:
+            text: what `render` returned.
+            limit: upper bound on their number.
+
+        Raises:
+            PromptTooLongError: there are more. A text that is too long for any `limit` tokens is refused by
+                its length, which takes no time.
+            BadRequestError: the text is not Unicode.
+        """
+        try:
+            size = len(text.encode())
+            if size > limit * self._longest_token:
+                raise PromptTooLongError(
+                    f"The prompt has {size} bytes, more than any {limit} tokens of the control"
+                    " (limits.control_prompt_tokens).",
+                    param="messages",
+                )
+            # A batch of one: unlike a single text, it is encoded without Python's global lock, so that other
+            # requests go on meanwhile. The fast way leaves out where each token is, half of the work.
+            ids = list(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        except (UnicodeError, TypeError) as error:
+            raise _rejected(error) from error
+        if len(ids) > limit:
+            raise PromptTooLongError(
+                f"The prompt has {len(ids)} of the control's tokens, more than {limit}"
+                " (limits.control_prompt_tokens).",
+                param="messages",
+            )
+        return ids
 
 
 def load_prompter(pack: Pack) -> Prompter | None:
@@ -84,6 +142,11 @@ def load_prompter(pack: Pack) -> Prompter | None:
     if pack.chat_template is None and tokenizer.chat_template is None:
         return None
     return Prompter(tokenizer, pack.chat_template)
+
+
+def _rejected(error: Exception) -> BadRequestError:
+    message = f"The control's chat template can't render these messages: {error}"
+    return BadRequestError(message, param="messages")
 
 
 def _system(content: Any) -> list[dict[str, Any]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -29,27 +30,64 @@ def call_of(request: Request, body: bytes) -> Call:
     return Call(request.method, target, request.headers.raw, body)
 
 
-async def relay(
-    request: Request, model: Model, body: bytes, extra_headers: HeaderPairs = (), *, limited: bool = False
-) -> Response:
-    """Send the request on to a worker of `model`; where it is `limited`, when its turn has come.
-
-    A client that goes away leaves the line, or closes the worker's connection, at once.
+async def relay(request: Request, model: Model, body: bytes) -> Response:
+    """Send the request on to a worker of `model`.
 
     Raises:
-        RateLimitError, WorkerUnavailableError, WorkerFailedError, WorkerTimeoutError: as of `Model.send`.
+        WorkerUnavailableError, WorkerFailedError, WorkerTimeoutError: as of `Model.send`.
         ClientDisconnect: the client went away before the answer began.
     """
     model.require_ready()
-    exchange = exchange_of(request)
-    sending = model.send(call_of(request, body), exchange.request_id, limited=limited)
-    return await _unless_disconnected(request, _answer(sending, exchange, extra_headers))
+    return await _unless_disconnected(request, _answered(request, model, body))
 
 
-async def _answer(
-    sending: Coroutine[Any, Any, Answer], exchange: Exchange, extra_headers: HeaderPairs
+async def relay_in_turn(
+    request: Request,
+    model: Model,
+    prepare: Callable[[], Awaitable[bytes]],
+    extra_headers: HeaderPairs,
 ) -> Response:
-    answer = await sending
+    """Send a request that is limited on to a worker of `model`, when its turn has come.
+
+    Within its turn it is prepared, so that the work for requests is limited as they are. A client that goes
+    away leaves the queue, ends the preparation, or closes the worker's connection, at once.
+
+    Args:
+        request: as the client sent it.
+        model: who gets it.
+        prepare: makes the body that the worker gets.
+        extra_headers: of the answer.
+
+    Raises:
+        RateLimitError: the queue is full.
+        ApiError: as of `prepare`.
+        WorkerUnavailableError, WorkerFailedError, WorkerTimeoutError: as of `Model.send`.
+        ClientDisconnect: the client went away before the answer began.
+    """
+    model.require_ready()
+    return await _unless_disconnected(request, _answered_in_turn(request, model, prepare, extra_headers))
+
+
+async def _answered_in_turn(
+    request: Request, model: Model, prepare: Callable[[], Awaitable[bytes]], extra_headers: HeaderPairs
+) -> Response:
+    with ExitStack() as held:
+        await model.take_turn(held)
+        return await _answered(request, model, await prepare(), extra_headers, held)
+
+
+async def _answered(
+    request: Request,
+    model: Model,
+    body: bytes,
+    extra_headers: HeaderPairs = (),
+    held: ExitStack | None = None,
+) -> Response:
+    """Return the worker's answer; `held` is given back when it has been passed on."""
+    exchange = exchange_of(request)
+    answer = await model.send(call_of(request, body), exchange.request_id)
+    if held is not None:
+        answer.held.push(held.pop_all())
     if not answer.has_length:
         return _Relayed(answer, exchange, extra_headers)
     try:

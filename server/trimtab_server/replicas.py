@@ -21,14 +21,13 @@ from trimtab_server.command import worker_command, worker_environment
 from trimtab_server.errors import ApiError, WorkerUnavailableError
 from trimtab_server.metrics import Metrics
 from trimtab_server.process import Output, WorkerProcess
+from trimtab_server.prompt_bound import CONTROLS, MODELS, prompt_bytes
 from trimtab_server.settings import ADMIN_KEYS_VARIABLE, Settings
 from trimtab_server.upstream import Answer, Call, Elsewhere, Here, Upstream
 
 logger = logging.getLogger(__name__)
 
 HEALTH = "/health"
-MODELS = "/v1/models"
-CONTROLS = "/v1/controls"
 _POLL_SECONDS = 0.25
 """Between two questions whether a worker that starts here answers yet."""
 _RETRY_SECONDS = 1
@@ -102,6 +101,8 @@ class Worker(ABC):
         self.restarts = 0
         self.outstanding = 0
         """Requests that it has and has not ended."""
+        self.prompt_bytes: int | None = None
+        """Upper bound on the bytes of a prompt that it takes; None: unknown."""
         self._on_ready = on_ready
         self._doubted = asyncio.Event()
         labels = (identity.model, identity.replica)
@@ -172,6 +173,7 @@ class Worker(ABC):
         """
         try:
             await self._on_ready(self.upstream)
+            self.prompt_bytes = await prompt_bytes(self.upstream)
         except ApiError as error:
             raise UnreadyError(State.UNFIT, str(error)) from error
         except Exception as error:

@@ -20,7 +20,6 @@ from trimtab_server.controls import (
     applied,
     refuse_beam_search,
     refuse_own_xargs,
-    xargs_of,
 )
 from trimtab_server.errors import BadRequestError, NotFoundError, UnknownModelError, WorkerTimeoutError
 from trimtab_server.exchange import exchange_of
@@ -28,9 +27,10 @@ from trimtab_server.keys import require_admin, require_key
 from trimtab_server.loading import LOAD, UNLOAD, Loader
 from trimtab_server.metrics import Metrics
 from trimtab_server.openapi import LoadControl, UnloadControl
-from trimtab_server.prompts import chat_of
-from trimtab_server.relay import relay
-from trimtab_server.replicas import CONTROLS, MODELS, State
+from trimtab_server.preparing import Preparer
+from trimtab_server.prompt_bound import CONTROLS, MODELS
+from trimtab_server.relay import relay, relay_in_turn
+from trimtab_server.replicas import State
 from trimtab_server.selection import ALIAS, FIELD, HEADER, Wanted, from_body, from_text, split_alias
 from trimtab_server.settings import Settings
 from trimtab_server.workers import Model, Workers
@@ -51,6 +51,7 @@ class Gateway:
     metrics: Metrics
     loader: Loader
     bodies: BodyReader
+    preparer: Preparer
 
     def model(self, model: Any) -> Model:
         """The model of this name; without a name, the only one.
@@ -200,14 +201,18 @@ async def generate(request: Request, here: Here) -> Response:
     model.require_place()
     for choice in choices:
         exchange.held.enter_context(choice.control.in_use())
-    if choices:
-        limit = here.settings.limits.control_prompt_tokens
-        own = await xargs_of(choices, chat_of(request.scope["path"], payload), limit)
-        payload[XARGS] = {**_xargs(payload), **own}
     if said is not None:
         payload["model"] = name
+    chat = await here.preparer.chat(model, choices, request.scope["path"], payload, len(body))
+
+    async def prepared() -> bytes:
+        if choices:
+            own = await here.preparer.xargs(model, choices, chat, len(body))
+            payload[XARGS] = {**_xargs(payload), **own}
+        return payload.encode()
+
     header = (HEADER.encode(), applied(choices).encode())
-    return await relay(request, model, payload.encode(), [header], limited=True)
+    return await relay_in_turn(request, model, prepared, [header])
 
 
 @routes.api_route("/{path:path}", methods=_METHODS, include_in_schema=False)

@@ -201,6 +201,9 @@ class Limits(_Section):
     body_bytes_total: Annotated[int, Field(gt=0)] = 256 * 2**20
     """Bodies above 64 KiB in memory at once, until their answers begin; a further one is read when there is
     room for it."""
+    control_prompt_bytes: Annotated[int, Field(gt=0)] = 2**20
+    """The conversation that a control reads, as JSON without images and audio; 413 beyond, before any of it
+    is tokenized."""
     control_prompt_tokens: Annotated[int, Field(gt=0)] = 131_072
     """A control's own prompt, in the control's tokens; 413 beyond."""
     concurrent: Annotated[int, Field(gt=0)] = 512

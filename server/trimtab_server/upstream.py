@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -123,7 +124,8 @@ class Upstream:
                 call.method,
                 self._url(call.target),
                 headers=[*_forwarded(call.headers, self._address.dropped), ("x-request-id", request_id)],
-                data=call.body or None,
+                # From a file, aiohttp sends it in pieces, between which other requests go on.
+                data=io.BytesIO(call.body) if call.body else None,
                 allow_redirects=False,
             )
         except (aiohttp.ClientError, TimeoutError) as error:

@@ -43,6 +43,12 @@ class Model:
         """The best of its workers'."""
         return _best(worker.state for worker in self.workers)
 
+    @property
+    def prompt_bytes(self) -> int | None:
+        """Upper bound on the bytes of a prompt that a worker takes; None while none has said so."""
+        bounds = [worker.prompt_bytes for worker in self.workers if worker.prompt_bytes is not None]
+        return max(bounds, default=None)
+
     def require_ready(self) -> None:
         """Make sure that a request has a place to go to.
 
@@ -59,24 +65,32 @@ class Model:
         """
         self._turnstile.require_place()
 
-    async def send(self, call: Call, request_id: str, *, limited: bool) -> Answer:
-        """Send a request to the worker with the fewest; one that could not be connected goes to the next.
+    async def take_turn(self, held: contextlib.ExitStack) -> None:
+        """Wait until this request is one of those of which there may be `limits.concurrent` at once.
 
-        One that is `limited` is among those of which there may be `limits.concurrent` at once: it waits for
-        its turn, and has it until the answer is closed.
+        Args:
+            held: gives the turn to the next request when it is closed.
 
         Raises:
             RateLimitError: as many as may wait do.
+        """
+        await self._turnstile.enter()
+        held.callback(self._turnstile.leave)
+
+    async def send(self, call: Call, request_id: str) -> Answer:
+        """Send a request to the worker with the fewest; one that could not be connected goes to the next.
+
+        Raises:
             WorkerUnavailableError: no worker takes it; nothing has been sent.
             WorkerFailedError, WorkerTimeoutError: the worker that has it gives no answer.
         """
-        with contextlib.ExitStack() as held:
-            if limited:
-                await self._turnstile.enter()
-                held.callback(self._turnstile.leave)
-            answer = await self._send_to_any(call, request_id)
-            answer.held.push(held.pop_all())
-            return answer
+        refused: set[Worker] = set()
+        while True:
+            worker = self._pick(refused)
+            try:
+                return await worker.send(call, request_id)
+            except WorkerUnavailableError:
+                refused.add(worker)
 
     async def probe(self, path: str) -> bytes | None:
         """What a worker answers to a GET; None where none is up, or not in time."""
@@ -98,15 +112,6 @@ class Model:
             "restarts": sum(replica["restarts"] for replica in replicas),
             "replicas": replicas,
         }
-
-    async def _send_to_any(self, call: Call, request_id: str) -> Answer:
-        refused: set[Worker] = set()
-        while True:
-            worker = self._pick(refused)
-            try:
-                return await worker.send(call, request_id)
-            except WorkerUnavailableError:
-                refused.add(worker)
 
     def _pick(self, refused: Collection[Worker] = ()) -> Worker:
         """The ready worker with the fewest requests; of equals the next in turn."""

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from fake_vllm import MAPPING
 from trimtab_mappings import load_tokenizer
 from trimtab_processors.parameters import parse_xargs
 
@@ -285,5 +286,5 @@ def test_the_controls_are_listed_with_what_they_are_and_who_offers_them(two_mode
         "loaded": False,
         "models": ["plain", "steered"],
         "default_for": ["steered"],
-        "mappings": {name: {"strategy": "pm-mined", "exact": 7} for name in ("plain", "steered")},
+        "mappings": dict.fromkeys(("plain", "steered"), MAPPING),
     }

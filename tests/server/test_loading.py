@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fake_vllm import CONTROLS
+from fake_vllm import CONTROLS, MAPPING
 from trimtab_processors.parameters import parse_xargs
 from trimtab_server.replicas import State
 
@@ -65,7 +65,7 @@ def test_a_loaded_control_is_offered_by_every_model_that_takes_all(gateway):
     assert load(gateway).json() == {"status": "loaded", "control_name": "late"}
     assert listed(gateway)["late"]["models"] == ["all", "twin"]
     assert listed(gateway)["late"]["loaded"] is True
-    assert listed(gateway)["late"]["mappings"]["twin"] == {"strategy": "pm-mined", "exact": 7}
+    assert listed(gateway)["late"]["mappings"]["twin"] == MAPPING
     assert changes(gateway, "all") == changes(gateway, "twin") == changes(gateway, "twin", 1)
     assert changes(gateway, "all") == [["load", "late"]]
     assert changes(gateway, "some") == []

@@ -121,7 +121,7 @@ def test_numbers_may_stand_for_text_in_the_environment(write_config):
         ),
         (
             {"models": ONE, "timeouts": {"stat": 1}},
-            "timeouts.stat: unknown key; allowed here: connect, drain",
+            "timeouts.stat: unknown key; allowed here: body, connect, drain",
         ),
         ({"models": ONE, "timeouts": {"stop": 0}}, "timeouts.stop: Input should be greater than 0, got '0'"),
         (

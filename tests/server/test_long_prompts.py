@@ -1,0 +1,149 @@
+"""Long prompts under a control, in a gateway: refused before they cost anything, and nobody else waits."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+
+from trimtab_server.preparing import Preparer
+from trimtab_server.prompts import Prompter
+
+
+def said(content: str) -> list[dict]:
+    return [{"role": "user", "content": content}]
+
+
+@pytest.fixture
+def untokenized(monkeypatch):
+    """Fails whoever tokenizes."""
+
+    def refuse(*_):
+        raise AssertionError("tokenized")
+
+    monkeypatch.setattr(Prompter, "encode", refuse)
+
+
+LONG = "a long story " * 100_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": said(LONG)}),
+        ("/v1/chat/completions", {"messages": said([{"type": "text", "text": LONG}])}),
+        ("/v1/chat/completions", {"messages": said("a") * 40_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "", "name": LONG}]}),
+        ("/v1/messages", {"messages": said("hi"), "system": LONG}),
+        ("/v1/responses", {"input": LONG}),
+        ("/v1/responses", {"input": "hi", "instructions": LONG}),
+    ],
+)
+def test_a_conversation_beyond_the_limit_is_refused_before_it_is_tokenized(
+    two_models, untokenized, path, body
+):
+    response = two_models.client.post(path, json={"model": "plain", "control": "one", **body})
+    assert response.status_code == 413
+    assert "limits.control_prompt_bytes" in response.text
+    assert two_models.asked("plain") == []
+
+
+def test_without_control_it_is_the_workers_business(two_models):
+    response = two_models.chat(model="plain", control=False, messages=said(LONG))
+    assert response.status_code == 200
+    assert two_models.last("plain")["messages"] == said(LONG)
+
+
+def test_images_are_no_part_of_what_a_control_reads(two_models):
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 2_000_000}}
+    messages = said([{"type": "text", "text": "What is this?"}, image])
+    assert two_models.chat(model="plain", control="one", messages=messages).status_code == 200
+    assert two_models.last("plain")["messages"] == messages
+
+
+def test_a_conversation_longer_than_any_prompt_of_the_model_is_refused_before_it_is_tokenized(
+    two_models, untokenized
+):
+    """The fake worker says that its context has 256 tokens; here, of at most 10 bytes."""
+    two_models.worker("plain").prompt_bytes = 2560
+    response = two_models.chat(model="plain", control="one", messages=said("x" * 2561))
+    assert response.status_code == 413
+    assert "more than any prompt of 'plain': 2560" in two_models.error(response)["message"]
+
+
+def test_what_the_worker_says_of_its_context_is_learnt_when_it_is_ready(two_models):
+    assert two_models.worker("plain").prompt_bytes == 256 * 9
+
+
+def test_a_long_prompt_holds_up_no_short_one_of_another_model(two_models, monkeypatch):
+    two_models.worker("plain").prompt_bytes = None
+    going_on, tokenizing = threading.Event(), threading.Event()
+    encode = Prompter.encode
+
+    def slowly(self, text, limit):
+        if len(text) > 100_000:
+            tokenizing.set()
+            assert going_on.wait(30)
+        return encode(self, text, limit)
+
+    monkeypatch.setattr(Prompter, "encode", slowly)
+    answers = []
+    long = threading.Thread(
+        target=lambda: answers.append(
+            two_models.chat(model="plain", control="one", messages=said("x" * 120_000)).status_code
+        )
+    )
+    long.start()
+    assert tokenizing.wait(30)
+    assert two_models.chat(model="steered", control="one").status_code == 200
+    assert not answers
+    going_on.set()
+    long.join(30)
+    assert answers == [200]
+
+
+def test_it_is_tokenized_within_its_turn(start, pack, monkeypatch):
+    """A model that has all its requests tokenizes nothing for those that wait."""
+    began = []
+    xargs = Preparer.xargs
+
+    async def watched(self, model, *others):
+        began.append(model.name)
+        return await xargs(self, model, *others)
+
+    monkeypatch.setattr(Preparer, "xargs", watched)
+    gateway = start(controls={"one": str(pack)}, limits={"concurrent": 1, "queued": 1})
+    slow = threading.Thread(target=lambda: gateway.chat(model="m", control="one", fake={"delay": 1}))
+    slow.start()
+    while not gateway.asked("m"):
+        time.sleep(0.01)
+    waiting = threading.Thread(target=lambda: gateway.chat(model="m", control="one"))
+    waiting.start()
+    time.sleep(0.3)
+    assert began == ["m"]
+    assert gateway.chat(model="m", control="one").status_code == 429
+    slow.join(30)
+    waiting.join(30)
+    assert began == ["m", "m"]
+
+
+def test_bodies_beyond_the_room_for_them_wait_until_others_have_their_answers(start):
+    """Each takes more than half of it."""
+    gateway = start(limits={"body_bytes": 2**20, "body_bytes_total": 2**20})
+    body = json.dumps({"model": "m", "prompt": "x" * 700_000, "fake": {"delay": 0.3}})
+    began = time.monotonic()
+    statuses = []
+    threads = [
+        threading.Thread(target=lambda: statuses.append(gateway.post(body, "/v1/completions").status_code))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    assert gateway.client.get("/health").status_code == 200
+    assert gateway.chat(model="m").status_code == 200  # a small one takes no room
+    for thread in threads:
+        thread.join(30)
+    assert statuses == [200] * 3
+    assert time.monotonic() - began > 0.9
