@@ -128,6 +128,14 @@ def world(context: typer.Context) -> None:
     mapped(context.args, prog_name="trimtab world")
 
 
+@app.command("eval", context_settings=_MOUNTED, add_help_option=False)
+def eval_(context: typer.Context) -> None:
+    """Ask a model questions without and with a control, and score its answers."""
+    from trimtab_training.evaluation.cli import app as mapped
+
+    mapped(context.args, prog_name="trimtab eval")
+
+
 @app.command(context_settings=_MOUNTED, add_help_option=False)
 def demo(context: typer.Context) -> None:
     """Show a control at work in the small world."""

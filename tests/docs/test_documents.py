@@ -25,8 +25,16 @@ from trimtab_server.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = {"mappings.md": {"python", "sh", ""}, "containers.md": {""}, "README.md": {""}, "idea.md": {""}}
-"""Pictures, and what tests/mappings/test_tutorial.py and tests/deploy/test_compose.py run."""
+ELSEWHERE = {
+    "mappings.md": {"python", "sh", ""},
+    "containers.md": {""},
+    "README.md": {""},
+    "idea.md": {""},
+    "evaluation.md": {"yaml"},
+}
+"""Pictures, and what tests/mappings/test_tutorial.py, tests/deploy/test_compose.py and
+tests/training/evaluation/test_eval_command.py run.
+"""
 PLACES = re.compile(r"(?<![\w.:/])/(?:srv|opt|etc)/[\w./-]+")
 """Absolute paths, which are the reader's."""
 ADMIN = "ADMINKEY"
