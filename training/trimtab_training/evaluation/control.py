@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from trimtab_mappings import load_tokenizer, load_vocabulary
+from trimtab_mappings import Vocabulary, load_tokenizer, load_vocabulary
 from trimtab_mappings.vocabulary import VocabularyError
+from trimtab_processors.alignment import Aligner
 from trimtab_processors.control import Target
 from trimtab_processors.pack import PackError, RequestRouting, load_pack
 from trimtab_processors.parameters import Parameters
@@ -53,6 +56,8 @@ class LoadedControl:
         except (PackError, VocabularyError) as error:
             raise RecipeError(f"`control`: {error}") from error
         self._template = pack.chat_template
+        (self._control,) = self.runtime.controls
+        self._prefixes = self._encoding_aligner(vocabulary)
 
     def encode(self, chat: Chat | None) -> list[int] | None:
         """A conversation in the control's own chat template; None if there is none: the control then reads
@@ -63,7 +68,7 @@ class LoadedControl:
         return render(self._tokenizer, chat, self._template)
 
     def open(
-        self, setting: Setting, prompt: list[int], own_prompt: list[int] | None, output: list[int]
+        self, setting: Setting, prompt: list[int], own_prompt: Sequence[int] | None, output: list[int]
     ) -> Request | None:
         """Follow `output`, to which the caller appends what the target generates; None at strength 0."""
         if setting.routing is None:
@@ -75,3 +80,30 @@ class LoadedControl:
             prompt=None if own_prompt is None else tuple(own_prompt),
         )
         return self.runtime.open(parameters, prompt, output)
+
+    def close(self, requests: Sequence[Request]) -> None:
+        """Release what requests hold."""
+        for request in requests:
+            self.runtime.close(request)
+
+    @contextmanager
+    def encoding_prefixes(self) -> Iterator[None]:
+        """Let requests that are opened meanwhile have all their text encoded anew after every token.
+
+        Others have a token that both vocabularies have appended as it is, as a worker does. In the same
+        vocabulary there is no difference: the control has the target's own tokens.
+        """
+        served = self._control.aligner
+        self._control.aligner = self._prefixes
+        try:
+            yield
+        finally:
+            self._control.aligner = served
+
+    def _encoding_aligner(self, target: Vocabulary) -> Aligner:
+        """As the worker's, but no token of a foreign vocabulary is appended as it is."""
+        encoder = self._control.aligner.encoder
+        aligner = Aligner(target, encoder, self._control.table)
+        if target.tokens != encoder.vocabulary.tokens:
+            aligner.exact = [False] * len(aligner.exact)
+        return aligner

@@ -133,9 +133,8 @@ class _Steering(LogitsProcessor):
             self._close(row)
 
     def _close(self, row: int) -> None:
-        for request in self._requests.pop(row, ()):
-            if self._control is not None:
-                self._control.runtime.close(request)
+        if self._control is not None:
+            self._control.close(self._requests.pop(row, ()))
 
 
 def batched(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

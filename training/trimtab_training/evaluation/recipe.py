@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from trimtab_processors.pack import DEFAULT_ROUTING, RequestRouting, Strength
+from trimtab_processors.pack import RequestRouting, Strength
 from trimtab_processors.settings import DEFAULT_TABLES
 from trimtab_training.evaluation.scores import REFUSALS, ScoreName
 from trimtab_training.recipe_file import Section
 
+_PATH: RequestRouting = "path"
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$"
 
 
@@ -115,9 +116,7 @@ class EvalRecipe(Section):
     """A pack, a directory or a hub id; with `gateway`, the control's name there; None: no control."""
     strengths: Annotated[tuple[Strength, ...], BeforeValidator(_listed), Field(min_length=1)] = (0.0, 1.0)
     """Strength 0 is the target without control."""
-    routings: Annotated[tuple[RequestRouting, ...], BeforeValidator(_listed), Field(min_length=1)] = (
-        DEFAULT_ROUTING,
-    )
+    routings: Annotated[tuple[RequestRouting, ...], BeforeValidator(_listed), Field(min_length=1)] = (_PATH,)
     groups: tuple[Group, ...] = ()
     system_prompt: str | None = None
     """The first message of every conversation, for target and control."""

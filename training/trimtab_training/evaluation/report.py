@@ -110,7 +110,9 @@ def interval(value: Estimate) -> str:
 
 def _lines(cells: Sequence[Cell]) -> dict[tuple[str, str, str | None], dict[float, Cell]]:
     """Cells by group, score and routing, then by strength. Strength 0 is on the lines of all routings."""
-    routings = list(dict.fromkeys(cell.setting.routing for cell in cells if cell.setting.routing))
+    routings: list[str | None] = [
+        *dict.fromkeys(each.setting.routing for each in cells if each.setting.routing)
+    ]
     lines: dict[tuple[str, str, str | None], dict[float, Cell]] = {}
     for cell in cells:
         for routing in routings or [None]:

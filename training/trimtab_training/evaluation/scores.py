@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
@@ -49,10 +49,19 @@ def score_of(name: ScoreName, text: str, answers: Sequence[str], refusals: Seque
     return max(_AGAINST[name](text, answer) for answer in answers)
 
 
-def rouge_l(text: str, answer: str) -> tuple[float, float]:
-    """The recall and the F-measure of ROUGE-L with Porter's stemmer, as TOFU computes it."""
-    score = _scorer().score(answer, text)["rougeL"]
-    return float(score.recall), float(score.fmeasure)
+class Rouge(NamedTuple):
+    """ROUGE with Porter's stemmer, as TOFU computes it."""
+
+    rouge1_recall: float
+    rougel_recall: float
+    rougel_f1: float
+
+
+def rouge(text: str, answer: str) -> Rouge:
+    """Compare `text` with the reference `answer`."""
+    scores = _scorer().score(answer, text)
+    unigrams, longest = scores["rouge1"], scores["rougeL"]
+    return Rouge(float(unigrams.recall), float(longest.recall), float(longest.fmeasure))
 
 
 def _contains(text: str, phrase: str) -> bool:
@@ -68,8 +77,8 @@ def _plain(text: str) -> str:
 _AGAINST: Mapping[str, Callable[[str, str], float]] = {
     "contains": lambda text, answer: float(_contains(text, answer)),
     "exact": lambda text, answer: float(text.strip() == answer.strip()),
-    "rougeL": lambda text, answer: rouge_l(text, answer)[1],
-    "rougeL_recall": lambda text, answer: rouge_l(text, answer)[0],
+    "rougeL": lambda text, answer: rouge(text, answer).rougel_f1,
+    "rougeL_recall": lambda text, answer: rouge(text, answer).rougel_recall,
 }
 
 
@@ -77,5 +86,5 @@ _AGAINST: Mapping[str, Callable[[str, str], float]] = {
 def _scorer() -> RougeScorer:
     from rouge_score import rouge_scorer  # noqa: PLC0415 - only where it is used
 
-    scorer: Any = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    scorer: Any = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     return scorer

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -106,13 +105,23 @@ def render(tokenizer: PreTrainedTokenizerBase, chat: Chat, template: str | None)
     Raises:
         RecipeError: there is no template, or it refuses the conversation.
     """
+    text = render_text(tokenizer, chat, template)
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def render_text(tokenizer: PreTrainedTokenizerBase, chat: Chat, template: str | None) -> str:
+    """A conversation in a chat template, up to where the answer begins.
+
+    Raises:
+        RecipeError: there is no template, or it refuses the conversation.
+    """
     if template is None and tokenizer.chat_template is None:
         raise RecipeError(
             "`target.chat_template` is missing: the target's tokenizer has no chat template. Set one, or ask"
             " with `prompt` instead of `question`"
         )
     try:
-        text: Any = tokenizer.apply_chat_template(
+        text: str = tokenizer.apply_chat_template(
             [dict(turn) for turn in chat],
             chat_template=template,
             tokenize=False,
@@ -122,7 +131,7 @@ def render(tokenizer: PreTrainedTokenizerBase, chat: Chat, template: str | None)
         raise RecipeError(
             f"`target.chat_template` can't render {str(chat[-1]['content'])[:60]!r}: {error}"
         ) from error
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    return text
 
 
 def _device(name: str) -> torch.device:
