@@ -27,6 +27,7 @@ def configuration(family: Family, name: str, tables: Path, *, control_cpus=(), r
         served_model_name=name,
         tokenizer=str(family.targets[name]),
         tokenizer_revision=None,
+        logprobs_mode="processed_logprobs",
         get_vocab_size=lambda: Model(family.targets[name]).network.config.vocab_size,
     )
     base = {

@@ -39,6 +39,7 @@ def configuration(directory, controls, tables, *, drafts=0, **plugin):
             served_model_name=["target"],
             tokenizer=str(directory),
             tokenizer_revision=None,
+            logprobs_mode="processed_logprobs",
             get_vocab_size=lambda: Model(directory).network.config.vocab_size,
         ),
         speculative_config=SimpleNamespace(num_speculative_tokens=drafts) if drafts else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from vllm.exceptions import VLLMValidationError
@@ -11,12 +12,18 @@ from trimtab_processors import metrics
 from trimtab_processors.control import Target
 from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED
 from trimtab_processors.parameters import Parameters, ParametersError, parse_xargs
-from trimtab_processors.settings import known_controls, validate
+from trimtab_processors.settings import command_line_logprobs_mode, known_controls, validate
 
 if TYPE_CHECKING:
     import torch
     from vllm import SamplingParams
     from vllm.config import VllmConfig
+
+
+logger = logging.getLogger(__name__)
+
+_RAW = "raw_"
+"""What the modes of log-probabilities begin with that logits processors do not reach."""
 
 
 def validate_params(sampling_params: SamplingParams, *, only_pm_mined: bool = False) -> None:
@@ -31,18 +38,50 @@ def validate_params(sampling_params: SamplingParams, *, only_pm_mined: bool = Fa
     """
     try:
         controls = known_controls()
-        for parameters in parse_xargs(sampling_params.extra_args):
+        wanted = parse_xargs(sampling_params.extra_args)
+        for parameters in wanted:
             if controls is not None:
                 validate(parameters, controls)
             if only_pm_mined:
                 _require_pm_mined(parameters)
     except ParametersError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+    if wanted:
+        _refuse_uncontrolled_logprobs(sampling_params)
+
+
+def _refuse_uncontrolled_logprobs(params: SamplingParams) -> None:
+    """Refuse log-probabilities that vLLM computes from the target's own logits."""
+    if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
+        raise VLLMValidationError(
+            "`prompt_logprobs` can't be used under a control: vLLM computes the log-probabilities of a prompt"
+            " without the control. Leave it out, and `echo` if you ask for `logprobs`, or name no control",
+            parameter="prompt_logprobs",
+        )
+    asks = params.logprobs is not None or params.logprob_token_ids is not None
+    if asks and (mode := command_line_logprobs_mode() or "").startswith(_RAW):
+        raise VLLMValidationError(
+            f"`logprobs` can't be used under a control: this server's --logprobs-mode is {mode}, so that it"
+            " returns those of the model without the control. Leave it out, or start the server with"
+            " --logprobs-mode processed_logprobs",
+            parameter="logprobs",
+        )
 
 
 def _require_pm_mined(parameters: Parameters) -> None:
     if parameters.routing not in (None, PM_MINED):
         raise ParametersError(f"trimtab_routing: {parameters.routing!r}: {ONLY_PM_MINED}")
+
+
+def warn_of_raw_logprobs(vllm_config: VllmConfig) -> None:
+    """Log a warning if the engine returns log-probabilities of the target without its controls."""
+    mode = vllm_config.model_config.logprobs_mode
+    if mode.startswith(_RAW):
+        logger.warning(
+            "trimtab: --logprobs-mode is %s, so that `logprobs` are those of the model without its controls;"
+            " start vLLM with --logprobs-mode processed_logprobs",
+            mode,
+        )
 
 
 def served_target(vllm_config: VllmConfig, device: torch.device) -> Target:

@@ -24,6 +24,8 @@ KEY = "trimtab"
 DEFAULT_TABLES = Path("~/.cache/trimtab/tables")
 DEFAULT_CACHE_BYTES = 256 * 2**20
 DEFAULT_KL_EVERY = 16
+_LOGPROBS_MODE = "raw_logprobs"
+"""vLLM's default."""
 
 
 class PluginSettings(BaseModel):
@@ -76,6 +78,21 @@ def command_line_settings() -> PluginSettings | None:
     parser.add_argument("--additional-config", "--additional_config", type=json.loads)
     known, _ = parser.parse_known_args(sys.argv[1:])
     return None if known.additional_config is None else read_settings(known.additional_config)
+
+
+@cache
+def command_line_logprobs_mode() -> str | None:
+    """The mode of log-probabilities by this process's command line, or vLLM's default.
+
+    Returns:
+        None if the process was not started with `--additional-config`, as in offline use, or if it reads
+        flags from a file.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--logprobs-mode", "--logprobs_mode", default=_LOGPROBS_MODE)
+    parser.add_argument("--config")
+    known, _ = parser.parse_known_args(sys.argv[1:])
+    return None if command_line_settings() is None or known.config is not None else str(known.logprobs_mode)
 
 
 @cache

@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from trimtab_processors.admission import count_on_one_rank, served_target, validate_params
+from trimtab_processors.admission import (
+    count_on_one_rank,
+    served_target,
+    validate_params,
+    warn_of_raw_logprobs,
+)
 from trimtab_processors.beside import Worker
 from trimtab_processors.parameters import parse_xargs
 from trimtab_processors.runtime import Request, Runtime
@@ -52,6 +57,7 @@ class ControlProcessor(LogitsProcessor):
                 "trimtab reads each sampled token on the host, which asynchronous scheduling does not"
                 " give it: start vLLM with --no-async-scheduling"
             )
+        warn_of_raw_logprobs(vllm_config)
         counts = count_on_one_rank(vllm_config)
         settings = read_settings(vllm_config.additional_config)
         if settings.control_cpus and device.type != "cpu":

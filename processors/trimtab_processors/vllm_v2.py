@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
-from trimtab_processors.admission import count_on_one_rank, served_target, validate_params
+from trimtab_processors.admission import (
+    count_on_one_rank,
+    served_target,
+    validate_params,
+    warn_of_raw_logprobs,
+)
 from trimtab_processors.device import Batch, DeviceRuntime
 from trimtab_processors.parameters import parse_xargs
 from trimtab_processors.segments import History
@@ -46,6 +51,7 @@ class ControlProcessor(LogitsProcessor):
         Raises:
             ValueError: the configuration is wrong.
         """
+        warn_of_raw_logprobs(vllm_config)
         counts = count_on_one_rank(vllm_config)
         settings = read_settings(vllm_config.additional_config)
         if settings.control_cpus:

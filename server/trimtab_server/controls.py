@@ -17,7 +17,6 @@ from trimtab_server.selection import FIELD, OFF, Selection, Wanted
 from trimtab_server.settings import Settings, SettingsError
 
 XARGS = "vllm_xargs"
-BEAM_SEARCH = "use_beam_search"
 
 
 @dataclass(eq=False)
@@ -243,18 +242,6 @@ def refuse_own_xargs(body: Mapping[str, Any]) -> None:
         if key.startswith(PREFIX):
             message = f"vllm_xargs.{key[:80]} is the gateway's own: use the field `control` instead"
             raise BadRequestError(message, param=f"{XARGS}.{key[:80]}")
-
-
-def refuse_beam_search(body: Mapping[str, Any]) -> None:
-    """Keep a control from being left out in silence: vLLM's beam search passes by its logits processors.
-
-    Raises:
-        BadRequestError: the body asks for beam search.
-    """
-    if body.get(BEAM_SEARCH):
-        raise BadRequestError(
-            "beam search can't be controlled: send `control: false` with it", param=BEAM_SEARCH
-        )
 
 
 def _require_its_routing(control: Control, settings: Settings) -> None:

@@ -36,6 +36,13 @@ class Chat:
         return sum(len(message["content"].encode()) for message in self.messages)
 
 
+def has_conversation(path: str, body: Mapping[str, Any]) -> bool:
+    """Whether the body holds the whole conversation, which a control then reads in its own template."""
+    if path == "/v1/responses":
+        return not (body.get("previous_response_id") or body.get("previous_input_messages"))
+    return path in ("/v1/chat/completions", "/v1/messages")
+
+
 def chat_of(path: str, body: Mapping[str, Any]) -> Chat | None:
     """Return the conversation of a request.
 
@@ -49,6 +56,8 @@ def chat_of(path: str, body: Mapping[str, Any]) -> Chat | None:
     Raises:
         BadRequestError: `messages` or `input` is not a list of objects, or a content is not text or parts.
     """
+    if not has_conversation(path, body):
+        return None
     match path:
         case "/v1/chat/completions":
             continues = bool(body.get("continue_final_message"))
@@ -57,13 +66,15 @@ def chat_of(path: str, body: Mapping[str, Any]) -> Chat | None:
         case "/v1/messages":
             turns = [*_system(body.get("system")), *_listed(body.get("messages"), "messages")]
             return Chat(_messages(turns))
-        case "/v1/responses" if not body.get("previous_response_id"):
+        case "/v1/responses":
             given = body.get("input")
             turns = (
                 [{"role": "user", "content": given}] if isinstance(given, str) else _listed(given, "input")
             )
             spoken = [turn for turn in turns if not isinstance(turn, dict) or "role" in turn]
-            return Chat(_messages([*_system(body.get("instructions")), *spoken]))
+            messages = _messages([*_system(body.get("instructions")), *spoken])
+            continues = _is_continued(turns)
+            return Chat(messages, not continues, continues)
     return None
 
 
@@ -151,6 +162,14 @@ def _rejected(error: Exception) -> BadRequestError:
 
 def _system(content: Any) -> list[dict[str, Any]]:
     return [] if content is None else [{"role": "system", "content": content}]
+
+
+def _is_continued(turns: Sequence[Any]) -> bool:
+    """Whether vLLM continues the last turn of a response's input, because it is not complete."""
+    last = turns[-1] if turns else None
+    if not isinstance(last, dict) or "role" not in last or last.get("type", "message") != "message":
+        return False
+    return last.get("status") in ("in_progress", "incomplete")
 
 
 def _listed(turns: Any, param: str) -> list[Any]:

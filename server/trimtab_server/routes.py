@@ -18,9 +18,9 @@ from trimtab_server.controls import (
     Catalogue,
     Choices,
     applied,
-    refuse_beam_search,
     refuse_own_xargs,
 )
+from trimtab_server.coverage import refuse_uncontrolled
 from trimtab_server.errors import BadRequestError, NotFoundError, UnknownModelError, WorkerTimeoutError
 from trimtab_server.exchange import exchange_of
 from trimtab_server.keys import require_admin, require_key
@@ -195,8 +195,7 @@ async def generate(request: Request, here: Here) -> Response:
     choices = here.catalogue.choose(model.name, _wanted(request, payload.pop(FIELD, None), said))
     exchange = exchange_of(request)
     exchange.controlled_by([choice.control.name for choice in choices])
-    if choices:
-        refuse_beam_search(payload)
+    refuse_uncontrolled(request.scope["path"], payload, choices)
     model.require_ready()
     model.require_place()
     for choice in choices:

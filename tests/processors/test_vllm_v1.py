@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.config import ModelConfig
 from vllm.exceptions import VLLMValidationError
 
 from batch import Batch, Job, configuration
 from reference import Model, PathReference, Reference
 from tiny import sentences
 from trimtab_processors import metrics
-from trimtab_processors.settings import command_line_settings
+from trimtab_processors.settings import _LOGPROBS_MODE, command_line_logprobs_mode, command_line_settings
 from trimtab_processors.vllm_v1 import ControlProcessor
 
 
@@ -107,9 +108,14 @@ def command_line(family, monkeypatch):
     """The front end of a server that was started with the family's control."""
     config = json.dumps({"trimtab": {"controls": {"control": str(family.control)}}})
     monkeypatch.setattr(sys, "argv", ["api_server", "--model", "m", f"--additional-config={config}"])
-    command_line_settings.cache_clear()
+    forget_the_command_line()
     yield
-    command_line_settings.cache_clear()
+    forget_the_command_line()
+
+
+def forget_the_command_line():
+    for known in (command_line_settings, command_line_logprobs_mode):
+        known.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -125,6 +131,80 @@ def test_a_wrong_request_is_refused_in_the_front_end(xargs, said):
     """Where vLLM makes a 400 of it, and no engine has seen it."""
     with pytest.raises(VLLMValidationError, match=said):
         ControlProcessor.validate_params(SamplingParams(extra_args=xargs))
+
+
+CONTROLLED = {"trimtab_control": "control"}
+OF_THE_PROMPT = [
+    {"prompt_logprobs": 5},
+    {"prompt_logprobs": 0},
+    {"prompt_logprobs": -1},
+    {"prompt_logprob_token_ids": [[1, 2]], "max_tokens": 1},
+]
+OF_THE_OUTPUT = [{"logprobs": 0}, {"logprobs": 5}, {"logprob_token_ids": [1, 2]}]
+
+
+@pytest.mark.parametrize("asked", OF_THE_PROMPT, ids=str)
+@pytest.mark.usefixtures("command_line")
+def test_log_probabilities_of_the_prompt_are_refused_under_a_control(asked):
+    """vLLM passes no token of a prompt through a processor."""
+    with pytest.raises(VLLMValidationError, match="without the control") as caught:
+        ControlProcessor.validate_params(SamplingParams(extra_args=CONTROLLED, **asked))
+    assert caught.value.parameter == "prompt_logprobs"
+    assert ControlProcessor.validate_params(SamplingParams(**asked)) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [
+        ([], True),
+        (["--logprobs-mode", "raw_logprobs"], True),
+        (["--logprobs_mode=raw_logits"], True),
+        (["--logprobs-mode=processed_logprobs"], False),
+        (["--logprobs-mode=processed_logits"], False),
+        (["--config", "flags.yaml"], False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("asked", OF_THE_OUTPUT, ids=str)
+@pytest.mark.usefixtures("command_line")
+def test_log_probabilities_of_the_output_are_refused_where_they_are_raw(monkeypatch, flags, refused, asked):
+    """Under a control; a file of flags, which the front end does not read, may say otherwise."""
+    monkeypatch.setattr(sys, "argv", [*sys.argv, *flags])
+    controlled = SamplingParams(extra_args=CONTROLLED, **asked)
+    if refused:
+        with pytest.raises(VLLMValidationError, match="this server's --logprobs-mode is raw") as caught:
+            ControlProcessor.validate_params(controlled)
+        assert caught.value.parameter == "logprobs"
+    else:
+        assert ControlProcessor.validate_params(controlled) is None
+    assert ControlProcessor.validate_params(SamplingParams(**asked)) is None
+
+
+@pytest.mark.parametrize("asked", OF_THE_OUTPUT, ids=str)
+def test_offline_the_front_end_can_not_know_the_mode_and_the_engine_warns(asked, family, tmp_path, caplog):
+    assert ControlProcessor.validate_params(SamplingParams(extra_args=CONTROLLED, **asked)) is None
+    config = configuration(family, "a", tmp_path)
+    ControlProcessor(config, torch.device("cpu"), is_pin_memory=False)
+    assert "--logprobs-mode" not in caplog.text
+    config.model_config.logprobs_mode = "raw_logprobs"
+    ControlProcessor(config, torch.device("cpu"), is_pin_memory=False)
+    assert "--logprobs-mode is raw_logprobs, so that `logprobs` are those of the model without" in caplog.text
+
+
+def test_vllm_has_no_other_field_for_numbers_of_the_prompt():
+    """A new one fails here, until somebody decides what a control does to it."""
+    assert {field for field in SamplingParams.__struct_fields__ if "prompt" in field} == {
+        *("prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start"),
+        "routed_experts_prompt_start",  # which experts read the prompt: not a probability
+    }
+    assert {field for field in SamplingParams.__struct_fields__ if "logprob" in field} == {
+        *("logprobs", "logprob_token_ids", "flat_logprobs"),
+        *("prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start"),
+    }
+
+
+def test_raw_log_probabilities_are_vllms_default():
+    assert ModelConfig.logprobs_mode == _LOGPROBS_MODE
 
 
 @pytest.mark.usefixtures("command_line")

@@ -153,5 +153,7 @@ def test_the_front_end_refuses_what_is_wrong_and_lets_pass_what_is_right():
     right = {"trimtab_control": "control", "trimtab_routing": "pm-mined"}
     with pytest.raises(VLLMValidationError, match="trimtab_routing: 'path': vLLM's V2 model runner has only"):
         ControlProcessor.validate_params(SamplingParams(extra_args=right | {"trimtab_routing": "path"}))
+    with pytest.raises(VLLMValidationError, match="`prompt_logprobs` can't be used under a control"):
+        ControlProcessor.validate_params(SamplingParams(extra_args=right, prompt_logprobs=0))
     ControlProcessor.validate_params(SamplingParams(extra_args=right))
     ControlProcessor.validate_params(SamplingParams())
