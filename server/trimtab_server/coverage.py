@@ -107,17 +107,9 @@ def _is_cut(body: Body) -> bool:
 
 
 def _calls_built_in_tools(body: Body) -> bool:
-    return any(tool.get("type") in _BUILT_IN_TOOLS for tool in _objects(body.get("tools")))
-
-
-def _has_embeddings(body: Body) -> bool:
-    messages = _objects(body.get("messages"))
-    parts = [part for message in messages for part in _objects(message.get("content"))]
-    return any(part.get("type") == "prompt_embeds" for part in parts)
-
-
-def _objects(items: Any) -> list[dict[str, Any]]:
-    return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+    tools = body.get("tools")
+    kinds = [tool.get("type") for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+    return any(isinstance(kind, str) and kind in _BUILT_IN_TOOLS for kind in kinds)
 
 
 REFUSALS = (
@@ -143,12 +135,6 @@ REFUSALS = (
         *("prompt_embeds", (COMPLETIONS,), _given("prompt_embeds")),
         reason="a control can't read embeddings",
         advice="Send `prompt`",
-    ),
-    Refusal(
-        *("messages", (CHAT,), _has_embeddings),
-        when="with a part of type `prompt_embeds`",
-        reason="a control can't read embeddings",
-        advice="Send parts of type `text`",
     ),
     Refusal(
         *("truncate_prompt_tokens", (CHAT,), _given("truncate_prompt_tokens")),
@@ -204,7 +190,7 @@ COVERED = (
         "messages input instructions system",
         _CONTROLLED,
         "The control reads the text in its own chat template. Without one it reads the text of the target's"
-        " prompt. The target alone reads images, audio and tool calls.",
+        " prompt. The target alone reads images, audio, embeddings and tool calls.",
         *(CHAT, RESPONSES, MESSAGES),
     ),
     _row(

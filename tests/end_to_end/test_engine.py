@@ -574,6 +574,49 @@ def test_a_wrong_request_is_a_400_and_costs_nobody_else_theirs(world, server):
     check(world, ask := ask_for(world, "other", prompt), *complete(server, ask))
 
 
+def test_log_probabilities_of_the_prompt_are_refused_under_a_control(world, server):
+    """They are the uncontrolled model's. Without a control they come, and with one all else does."""
+    prompt = prompts(world, 1)[0]
+    controlled = {"vllm_xargs": {"trimtab_control": "other", "trimtab_strength": 5.0}}
+    with client(server) as api:
+        complete_it = partial(api.completions.create, model="m", prompt=prompt, max_tokens=2, temperature=0)
+        for asked, extra in (
+            ({}, {"prompt_logprobs": 0}),
+            ({}, {"prompt_logprobs": 5}),
+            ({"echo": True, "logprobs": 0}, {}),
+        ):
+            with pytest.raises(BadRequestError, match="without the control") as caught:
+                complete_it(**asked, extra_body=controlled | extra)
+            assert caught.value.param == "prompt_logprobs"
+            assert complete_it(**asked, extra_body=extra).choices
+        assert complete_it(echo=True, extra_body=controlled).choices
+        messages = [{"role": "user", "content": "Tell me a story."}]
+        with pytest.raises(BadRequestError, match="without the control"):
+            api.chat.completions.create(model="m", messages=messages, extra_body=controlled | {"echo": True})
+
+
+@pytest.mark.parametrize("control", ["other", "chars"])
+def test_a_control_reads_a_cut_prompt_as_the_target_does(world, server, control):
+    """Without a prompt of its own, the text of what the target reads."""
+    prompt = long_prompt(world, 40)
+    cut = Ask(prompt, control, strength=3.0, body={"truncate_prompt_tokens": 12})
+    (answer,) = complete(server, cut)
+    assert answer.prompt_token_ids == prompt[-12:]
+    check(world, replace(cut, prompt=prompt[-12:]), answer)
+
+
+def test_chosen_tokens_have_the_log_probabilities_of_the_controlled_distribution(world, server):
+    """Greedy and sampled ones."""
+    for temperature in (0.0, 1.0):
+        body = {"temperature": temperature, "seed": 4, "logprob_token_ids": [5, 6, 7]}
+        ask = ask_for(world, "other", prompts(world, 1, seed=18)[0], strength=3.0, body=body)
+        (answer,) = complete(server, ask)
+        assert all(
+            {f"token_id:{token}" for token in (5, 6, 7)} <= {*top} for top in answer.logprobs.top_logprobs
+        )
+        check(world, ask, answer)
+
+
 def test_off_and_strength_zero_are_to_the_bit_those_of_a_server_without_the_plugin(
     world, server, tmp_path_factory
 ):

@@ -106,6 +106,28 @@ def test_vllms_own_errors_come_back_as_they_are(client):
     assert caught.value.param == "temperature"
 
 
+@pytest.mark.parametrize(
+    ("path", "asked", "param"),
+    [
+        ("/completions", {"echo": True, "logprobs": 2}, "echo"),
+        ("/completions", {"prompt_logprobs": 2}, "prompt_logprobs"),
+        ("/chat/completions", {"prompt_logprobs": 2}, "prompt_logprobs"),
+        ("/chat/completions", {"echo": True}, "echo"),
+        ("/chat/completions", {"truncate_prompt_tokens": 4}, "truncate_prompt_tokens"),
+        ("/responses", {"truncation": "auto"}, "truncation"),
+    ],
+)
+def test_numbers_of_the_uncontrolled_model_are_refused_under_a_control(client, path, asked, param):
+    """By the gateway, which names the field that the client wrote; without a control they come."""
+    prompts = {"/completions": {"prompt": "Tell me"}, "/responses": {"input": "Tell me"}}
+    chat = {"messages": [{"role": "user", "content": "Tell me"}]}
+    body = {"model": "a", **prompts.get(path, chat), **asked}
+    with pytest.raises(openai.BadRequestError, match="can't be used under a control") as caught:
+        client.post(path, body=body | {"control": {"name": "control", "strength": 4}}, cast_to=object)
+    assert caught.value.param == param
+    assert client.post(path, body=body, cast_to=object)["model"] == "a"
+
+
 def test_vllms_other_endpoints_answer(url):
     assert get_json(f"{url}/version")["version"]
     assert get_json(f"{url}/v1/models")["data"][0]["max_model_len"] == 256
