@@ -82,7 +82,7 @@ def recipe(**changes) -> EvalRecipe:
     ("changes", "message"),
     [
         ({"control": ""}, "`control` is missing: `strengths` other than 0 need a control"),
-        ({"groups": ""}, "`groups` is missing: there is nothing to ask"),
+        ({"groups": ""}, "`groups` and `tofu` are missing: there is nothing to ask"),
         ({"strengths": "[0, 1, 1]"}, "`strengths`: 1.0 is listed twice"),
         ({"strengths": "[]"}, "`strengths`: Value should have at least 1 item"),
         ({"strengths": "11"}, "`strengths.0`: Input should be less than or equal to 10"),

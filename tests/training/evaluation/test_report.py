@@ -6,7 +6,7 @@ import pytest
 
 from trimtab_training.evaluation.bootstrap import Estimate
 from trimtab_training.evaluation.control import Setting
-from trimtab_training.evaluation.report import interval, markdown, number, plot
+from trimtab_training.evaluation.report import cells_table, interval, markdown, number, plot
 from trimtab_training.evaluation.results import Cell
 
 
@@ -35,7 +35,7 @@ def cell(strength, routing, mean):
 
 
 def test_the_target_alone_is_in_the_rows_of_all_routings():
-    text = markdown([cell(0, None, 0.1), cell(1, "path", 0.2), cell(1, "pm-mined", 0.3)])
+    text = markdown(cells_table([cell(0, None, 0.1), cell(1, "path", 0.2), cell(1, "pm-mined", 0.3)]))
     assert text.splitlines()[2:] == [
         "| g | exact | 7 | path | .10 [.10, .10] | .20 [.20, .20] |",
         "| g | exact | 7 | pm-mined | .10 [.10, .10] | .30 [.30, .30] |",
@@ -43,7 +43,9 @@ def test_the_target_alone_is_in_the_rows_of_all_routings():
 
 
 def test_without_control_there_is_one_row():
-    assert markdown([cell(0, None, 0.1)]).splitlines()[2:] == ["| g | exact | 7 | - | .10 [.10, .10] |"]
+    assert markdown(cells_table([cell(0, None, 0.1)])).splitlines()[2:] == [
+        "| g | exact | 7 | - | .10 [.10, .10] |"
+    ]
 
 
 def test_a_plot_shows_higher_shares_higher():

@@ -40,9 +40,12 @@ def evaluate(context: typer.Context) -> None:
         typer.echo(f"trimtab eval: {error}", err=True)
         raise typer.Exit(2) from error
     console = Console()
-    print_table(result.cells, console if console.is_terminal else Console(width=200))
-    each = result.seconds / len(result.answers)
-    print(f"{len(result.answers)} answers, {each:.2f} s each. Results: {recipe.output_dir}")
+    for table in result.tables:
+        print_table(table, console if console.is_terminal else Console(width=240))
+    each = (
+        f", {result.seconds / len(result.answers):.2f} s each" if result.answers and not result.tofu else ""
+    )
+    print(f"{len(result.answers)} answers{each}, {result.seconds:.0f} s. Results: {recipe.output_dir}")
 
 
 @contextmanager

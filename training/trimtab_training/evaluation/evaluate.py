@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -12,9 +12,11 @@ from trimtab_training.evaluation.control import LoadedControl, Setting, settings
 from trimtab_training.evaluation.offline import Offline
 from trimtab_training.evaluation.questions import QuestionGroup, load_group
 from trimtab_training.evaluation.recipe import EvalRecipe
-from trimtab_training.evaluation.report import prepare_directory, write
+from trimtab_training.evaluation.report import TableData, cells_table, prepare_directory, write
 from trimtab_training.evaluation.results import Answer, Cell, score_answers, summarize
 from trimtab_training.evaluation.target import load_target
+from trimtab_training.evaluation.tofu_run import TofuResult, load_tofu, run_tofu, tofu_table, write_tofu
+from trimtab_training.recipe_file import RecipeError
 
 Progress = Callable[[int, int], None]
 """Told the number of answers so far, and of all."""
@@ -28,6 +30,13 @@ class Evaluation:
     answers: list[Answer]
     seconds: float
     """Time of the answers, without loading."""
+    tofu: list[TofuResult] = field(default_factory=list)
+
+    @property
+    def tables(self) -> list[TableData]:
+        """What was measured, for people."""
+        tables = [cells_table(self.cells)] if self.cells else []
+        return [*tables, tofu_table(self.tofu)] if self.tofu else tables
 
 
 def evaluate(recipe: EvalRecipe, progress: Progress = lambda _done, _total: None) -> Evaluation:
@@ -37,17 +46,27 @@ def evaluate(recipe: EvalRecipe, progress: Progress = lambda _done, _total: None
         RecipeError: something that the recipe names can't be used.
     """
     groups = [load_group(group) for group in recipe.groups]
+    tofu = None if recipe.tofu is None else load_tofu(recipe.tofu)
     prepare_directory(recipe.output_dir, overwrite=recipe.overwrite_output_dir)
     settings = settings_of(recipe)
-    asker = _offline(
-        recipe, _counter(progress, len(settings) * sum(len(group.questions) for group in groups))
-    )
+    each = sum(len(group.questions) for group in groups) + (0 if tofu is None else tofu.count)
+    asker = _offline(recipe, _counter(progress, len(settings) * each))
     started = time.monotonic()
     answers = [answer for group in groups for answer in _ask(asker, group, settings, recipe)]
+    results = [] if tofu is None or recipe.tofu is None else run_tofu(tofu, recipe.tofu, asker, settings)
     seconds = time.monotonic() - started
-    cells = summarize(answers, recipe.bootstrap)
-    write(recipe.output_dir, cells, answers, _about(recipe, seconds, len(answers)))
-    return Evaluation(cells, answers, seconds)
+    evaluation = Evaluation(summarize(answers, recipe.bootstrap), answers, seconds, results)
+    _write(recipe, evaluation)
+    return evaluation
+
+
+def _write(recipe: EvalRecipe, evaluation: Evaluation) -> None:
+    about = _about(recipe, evaluation)
+    write(recipe.output_dir, evaluation.cells, evaluation.answers, about, evaluation.tables)
+    if recipe.tofu is not None:
+        write_tofu(recipe.output_dir, evaluation.tofu, recipe.tofu)
+        if refused := next((result.refused for result in evaluation.tofu if result.refused), None):
+            raise RecipeError(f"{refused}. Everything else is in {recipe.output_dir}")
 
 
 def _offline(recipe: EvalRecipe, progress: Callable[[int], None]) -> Offline:
@@ -71,12 +90,13 @@ def _ask(
     return score_answers(group, settings, texts, recipe.refusals)
 
 
-def _about(recipe: EvalRecipe, seconds: float, answers: int) -> dict[str, Any]:
+def _about(recipe: EvalRecipe, evaluation: Evaluation) -> dict[str, Any]:
     return {
         "trimtab": version("trimtab"),
         "recipe": recipe.model_dump(mode="json"),
-        "answers": answers,
-        "seconds": round(seconds, 3),
+        "answers": len(evaluation.answers),
+        "seconds": round(evaluation.seconds, 3),
+        "tofu": [result.plain() for result in evaluation.tofu],
     }
 
 

@@ -100,6 +100,25 @@ class Group(Section):
         return questions
 
 
+class TofuSettings(Section):
+    """The TOFU benchmark (arXiv 2401.06121), in the words of open-unlearning."""
+
+    path: Path
+    """The directory with `forget10_perturbed.json` and the other three files."""
+    forget_split: Literal["forget01", "forget05", "forget10"] = "forget10"
+    retain_logs_path: Path | None = None
+    """The log of a model that never saw the forget set; None: no forget quality."""
+    question_key: Literal["question", "paraphrased_question"] = "question"
+    """Which question of the forget and retain sets is asked."""
+    truth_ratio: Literal["geometric", "arithmetic"] = "geometric"
+    """The mean over perturbed answers; `geometric` is open-unlearning's."""
+    ds_size: Annotated[int, Field(ge=2)] | None = None
+    """Only the first so many questions of each set; locuslab's figures are of 300."""
+    answer_tag: str = ""
+    """Text between the prompt and a given answer."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 200
+
+
 class BootstrapSettings(Section):
     """Intervals: questions are drawn again, with replacement."""
 
@@ -118,6 +137,7 @@ class EvalRecipe(Section):
     """Strength 0 is the target without control."""
     routings: Annotated[tuple[RequestRouting, ...], BeforeValidator(_listed), Field(min_length=1)] = (_PATH,)
     groups: tuple[Group, ...] = ()
+    tofu: TofuSettings | None = None
     system_prompt: str | None = None
     """The first message of every conversation, for target and control."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
@@ -149,8 +169,8 @@ class EvalRecipe(Section):
 
     @model_validator(mode="after")
     def _asks_something(self) -> Self:
-        if not self.groups:
-            raise ValueError("`groups` is missing: there is nothing to ask")
+        if not self.groups and self.tofu is None:
+            raise ValueError("`groups` and `tofu` are missing: there is nothing to ask")
         return self
 
 

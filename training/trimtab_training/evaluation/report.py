@@ -17,6 +17,9 @@ from trimtab_training.recipe_file import RecipeError
 
 RESULTS, ANSWERS, TABLE, PLOT = "results.json", "answers.jsonl", "results.md", "results.svg"
 
+TableData = tuple[list[str], list[list[str]]]
+"""A header and rows."""
+
 
 def prepare_directory(directory: Path, *, overwrite: bool) -> None:
     """Make the output directory.
@@ -36,34 +39,40 @@ def prepare_directory(directory: Path, *, overwrite: bool) -> None:
 
 
 def write(
-    directory: Path, cells: Sequence[Cell], answers: Iterable[Answer], about: Mapping[str, Any]
+    directory: Path,
+    cells: Sequence[Cell],
+    answers: Iterable[Answer],
+    about: Mapping[str, Any],
+    tables: Iterable[TableData],
 ) -> None:
     """Write all files of a result.
 
     Args:
         directory: where they go.
-        cells: the means.
+        cells: the means of groups of questions; without any, there are no answers and no plot.
         answers: what they are means of.
         about: the recipe, and what else belongs to the result.
+        tables: what `results.md` has.
     """
     data = {**about, "cells": [cell.plain() for cell in cells]}
-    lines = (json.dumps(answer.plain(), ensure_ascii=False) for answer in answers)
     (directory / RESULTS).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (directory / ANSWERS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    (directory / TABLE).write_text(markdown(cells), encoding="utf-8")
-    (directory / PLOT).write_text(plot(cells), encoding="utf-8")
+    (directory / TABLE).write_text("\n".join(map(markdown, tables)), encoding="utf-8")
+    if cells:
+        lines = (json.dumps(answer.plain(), ensure_ascii=False) for answer in answers)
+        (directory / ANSWERS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        (directory / PLOT).write_text(plot(cells), encoding="utf-8")
 
 
-def markdown(cells: Sequence[Cell]) -> str:
-    """A table of Markdown: a row for each group, score and routing, a column for each strength."""
-    header, rows = _table(cells)
+def markdown(data: TableData) -> str:
+    """A table of Markdown."""
+    header, rows = data
     rule = ["---"] * len(header)
     return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rows))
 
 
-def print_table(cells: Sequence[Cell], console: Console) -> None:
-    """The same table for a terminal."""
-    header, rows = _table(cells)
+def print_table(data: TableData, console: Console) -> None:
+    """A table for a terminal."""
+    header, rows = data
     table = Table()
     for name in header:
         table.add_column(name, no_wrap=True)
@@ -88,7 +97,8 @@ def number(value: float) -> str:
     return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.2f}"
 
 
-def _table(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
+def cells_table(cells: Sequence[Cell]) -> TableData:
+    """A row for each group, score and routing, a column for each strength."""
     lines = _lines(cells)
     strengths = sorted({cell.setting.strength for cell in cells})
     counts = {cell.group: cell.questions for cell in cells}

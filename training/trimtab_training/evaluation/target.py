@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,10 +13,18 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from trimtab_mappings import load_tokenizer
 from trimtab_mappings.loading import generation_eos
 from trimtab_mappings.vocabulary import VocabularyError
+from trimtab_processors.alignment import common_prefix
 from trimtab_training.evaluation.recipe import Question, TargetSettings, is_file_name
 from trimtab_training.recipe_file import RecipeError
 
 Chat = Sequence[Mapping[str, str]]
+
+
+class Encoded(NamedTuple):
+    """A prompt and an answer as token ids."""
+
+    prompt: list[int]
+    answer: list[int]
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,21 @@ class LoadedTarget:
         if chat is None:
             return list(self.tokenizer(question.prompt).input_ids)
         return render(self.tokenizer, chat, self.chat_template)
+
+    def encode_with_answer(
+        self, question: Question, answer: str, system_prompt: str | None = None
+    ) -> Encoded:
+        """A question and its answer, encoded as one text, and an end of text. What is encoded alike with and
+        without the answer is the prompt.
+        """
+        prompt = self.encode(question, system_prompt)
+        chat = question.chat(system_prompt)
+        text = question.prompt if chat is None else render_text(self.tokenizer, chat, self.chat_template)
+        whole = self.tokenizer(f"{text}{answer}", add_special_tokens=chat is None).input_ids
+        end = self.tokenizer.eos_token_id
+        ids = [*whole, *([] if end is None or whole[-1:] == [end] else [end])]
+        count = min(common_prefix(prompt, ids), len(ids) - 1)
+        return Encoded(ids[:count], ids[count:])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of generated tokens, as vLLM decodes it."""
