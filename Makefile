@@ -46,6 +46,7 @@ evidence: setup
 	$(BIN)/python benchmarks/gateway_overhead.py
 	$(BIN)/python benchmarks/gateway_overhead.py --way socket
 	$(BIN)/python benchmarks/soak.py
+	$(BIN)/python benchmarks/long_prompts.py
 
 # The pictures in docs/playground/, by the system's Chromium.
 screenshots: setup

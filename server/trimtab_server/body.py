@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Request
@@ -30,6 +30,7 @@ SMALL_BODY_BYTES = 2**16
 """Bodies up to this size are parsed at once and not counted: the limits on requests bound their number."""
 MAX_ITEMS = 2**20
 """Upper bound on commas and brackets in a value that is read: decoding a million takes 0.1 s."""
+Result = TypeVar("Result")
 _MAX_FIELDS = 50_000
 _MAX_OTHER_BYTES = 2**18
 _JSON = "application/json"
@@ -89,7 +90,7 @@ class BodyReader:
         self._limit = settings.limits.body_bytes
         self._seconds = settings.timeouts.body
         self._budget = ByteBudget(max(settings.limits.body_bytes_total, self._limit))
-        self._parsing = asyncio.Semaphore(1)
+        self._large = asyncio.Semaphore(1)
 
     async def read(self, request: Request, held: ExitStack) -> bytes:
         """Return the whole body, once there is room for it; `held` gives the room back.
@@ -108,15 +109,21 @@ class BodyReader:
         return body
 
     async def parse(self, body: bytes) -> JsonObject:
-        """Return the JSON object in `body`; large ones are parsed in a thread, one at a time.
+        """Return the JSON object in `body`.
 
         Raises:
             BadRequestError: as of `parse_object`.
         """
-        if len(body) <= SMALL_BODY_BYTES:
-            return parse_object(body)
-        async with self._parsing:
-            return await asyncio.to_thread(parse_object, body)
+        return await self.run(len(body), lambda: parse_object(body))
+
+    async def run(self, size: int, work: Callable[[], Result]) -> Result:
+        """Return the result of work on a body of `size` bytes: for large ones it runs in a thread, one at a
+        time, so that other requests go on.
+        """
+        if size <= SMALL_BODY_BYTES:
+            return work()
+        async with self._large:
+            return await asyncio.to_thread(work)
 
     def _announced(self, request: Request) -> int:
         """The length that the request announces; without one, the most that it may have."""

@@ -28,21 +28,17 @@ class Preparer:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._conversations = Lane("conversations", 1)
         self._short = Lane("short-prompts", 2)
         self._long = Lane("long-prompts", 1)
 
-    async def chat(
-        self, model: Model, choices: Choices, path: str, body: JsonObject, size: int
-    ) -> Chat | None:
+    def chat(self, model: Model, choices: Choices, path: str, body: JsonObject) -> Chat | None:
         """Return the conversation of a request, if its length does not rule it out: nothing is tokenized yet.
 
         Args:
-            model: the model that gets the request; models take turns.
+            model: the model that gets the request.
             choices: its controls.
             path: the endpoint.
             body: the request's body.
-            size: the bytes of the body.
 
         Returns:
             None if the endpoint has no conversation, or no control a chat template.
@@ -53,9 +49,10 @@ class Preparer:
         """
         if not any(choice.control.prompter for choice in choices):
             return None
-        if size <= SMALL_BODY_BYTES:
-            return self._chat(model, path, body)
-        return await self._conversations.run(model.name, lambda: self._chat(model, path, body))
+        chat = chat_of(path, body)
+        if chat is not None:
+            self._require_short(model, chat)
+        return chat
 
     async def xargs(self, model: Model, choices: Choices, chat: Chat | None, size: int) -> dict[str, Any]:
         """Return what the plugin is told of a request's controls.
@@ -77,12 +74,6 @@ class Preparer:
                 prompt = await self._run(model, size, self._encoding(choice.control.prompter, chat))
             parameters.append(choice.parameters(prompt))
         return to_xargs(parameters)
-
-    def _chat(self, model: Model, path: str, body: JsonObject) -> Chat | None:
-        chat = chat_of(path, body)
-        if chat is not None:
-            self._require_short(model, chat)
-        return chat
 
     def _require_short(self, model: Model, chat: Chat) -> None:
         limit = self._limits.control_prompt_bytes

@@ -29,6 +29,7 @@ from trimtab_server.metrics import Metrics
 from trimtab_server.openapi import LoadControl, UnloadControl
 from trimtab_server.preparing import Preparer
 from trimtab_server.prompt_bound import CONTROLS, MODELS
+from trimtab_server.prompts import Chat
 from trimtab_server.relay import relay, relay_in_turn
 from trimtab_server.replicas import State
 from trimtab_server.selection import ALIAS, FIELD, HEADER, Wanted, from_body, from_text, split_alias
@@ -195,14 +196,19 @@ async def generate(request: Request, here: Here) -> Response:
     choices = here.catalogue.choose(model.name, _wanted(request, payload.pop(FIELD, None), said))
     exchange = exchange_of(request)
     exchange.controlled_by([choice.control.name for choice in choices])
-    refuse_uncontrolled(request.scope["path"], payload, choices)
     model.require_ready()
     model.require_place()
     for choice in choices:
         exchange.held.enter_context(choice.control.in_use())
     if said is not None:
         payload["model"] = name
-    chat = await here.preparer.chat(model, choices, request.scope["path"], payload, len(body))
+
+    def examined() -> Chat | None:
+        path = request.scope["path"]
+        refuse_uncontrolled(path, payload, choices)
+        return here.preparer.chat(model, choices, path, payload)
+
+    chat = await here.bodies.run(len(body), examined)
 
     async def prepared() -> bytes:
         if choices:
