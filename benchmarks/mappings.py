@@ -3,7 +3,11 @@
 Every pair is built in a process of its own, on one core, without transformers and torch. `nearest` is
 PM-MinED alone; `build` is the whole table, with every target token tokenized by the control. The reference's
 algorithm (all pairs of tokens, edit distances of those of which one begins the other) runs on a sample, from
-which its time is estimated. The peak is the whole memory of the process, with both tokenizers in it.
+which its time is estimated. `read` is the CPU time from both `tokenizers.Tokenizer` to vocabularies and an
+encoder. The peak is the whole memory of the process, with both tokenizers in it.
+
+A name that `mistral_common` does not have is a directory with a tokenizer.json below TRIMTAB_REAL_MODELS:
+`python benchmarks/mappings.py --pair gemma3:qwen2.5-coder --rounds 1`.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -43,7 +48,15 @@ def main(
     """Time mapping tables between real vocabularies."""
     console = Console(width=110)
     table = Table(
-        "target", "control", "missing", "nearest s", "build s", "load ms", "peak MB", "x reference, estimated"
+        "target",
+        "control",
+        "missing",
+        "read s",
+        "nearest s",
+        "build s",
+        "load ms",
+        "peak MB",
+        "x reference, estimated",
     )
     results = []
     with tempfile.TemporaryDirectory() as directory:
@@ -56,7 +69,7 @@ def main(
                 f"{target} {result['target_tokens']:,}",
                 f"{control} {result['control_tokens']:,}",
                 f"{result['missing']:,}",
-                *(f"{result[key]:.3f}" if result[key] else "-" for key in ("nearest_s", "build_s")),
+                *(f"{result[key]:.3f}" if result[key] else "-" for key in ("read_s", "nearest_s", "build_s")),
                 f"{1000 * result['load_s']:.1f}" if result["load_s"] else "-",
                 f"{result['peak_mb']:.0f}",
                 f"{result['reference_s'] / result['nearest_s']:,.0f}" if result["missing"] else "-",
@@ -67,10 +80,14 @@ def main(
 
 def prepare(directory: Path, names: set[str]) -> None:
     """Write each tokenizer as one `tokenizers` file; only this needs transformers."""
-    from vocabularies import real
+    from vocabularies import REAL, real
 
     for name in names - {ESTRANGED}:
-        real(name, directory).backend_tokenizer.save(str(directory / f"{name}.json"))
+        path = directory / f"{name}.json"
+        if name in REAL:
+            real(name, directory).backend_tokenizer.save(str(path))
+        else:
+            shutil.copyfile(Path(os.environ["TRIMTAB_REAL_MODELS"]) / name / "tokenizer.json", path)
 
 
 def in_a_process(directory: Path, *arguments: object) -> dict[str, Any]:
@@ -85,15 +102,16 @@ def in_a_process(directory: Path, *arguments: object) -> dict[str, Any]:
 def measure(directory: Path, target_name: str, control_name: str, rounds: int, sample: int) -> dict[str, Any]:
     """Measure one pair, on one core."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    from trimtab_mappings import MappingTable, build_table, nearest
+    from trimtab_mappings import ByteEncoder, MappingTable, build_table, nearest, read_vocabulary
     from trimtab_mappings.vocabulary import index_tokens
 
-    target = load(directory / f"{target_name}.json").vocabulary
-    if control_name == ESTRANGED:
-        encoder, tokens = None, estranged(target.tokens)
-    else:
-        encoder = load(directory / f"{control_name}.json")
-        tokens = encoder.vocabulary.tokens
+    names = [name for name in (target_name, control_name) if name != ESTRANGED]
+    tokenizers = [load(directory / f"{name}.json") for name in names]
+    start = time.process_time()
+    target, *others = map(read_vocabulary, tokenizers)
+    encoder = ByteEncoder(tokenizers[1], others[0]) if others else None
+    read_s = time.process_time() - start
+    tokens = encoder.vocabulary.tokens if encoder else estranged(target.tokens)
     index = index_tokens(tokens, encoder.vocabulary.byte_fallback if encoder else ())
     missing = [token for token in target.tokens if token and token not in index]
     times = {"nearest_s": timed(lambda: nearest(missing, index), rounds), "build_s": None, "load_s": None}
@@ -106,6 +124,7 @@ def measure(directory: Path, target_name: str, control_name: str, rounds: int, s
         "target_tokens": len(target),
         "control_tokens": len(tokens),
         "missing": len(missing),
+        "read_s": read_s,
         **times,
         "peak_mb": peak_mb(),
         "reference_s": reference_seconds(missing, list(index), sample),
@@ -129,20 +148,20 @@ def peak_mb() -> float:
 
 
 def load(path: Path) -> Any:
-    """The encoder of a saved tokenizer, without transformers."""
+    """A saved tokenizer with what `read_vocabulary` asks of one of transformers."""
     from tokenizers import Tokenizer
 
-    from trimtab_mappings import ByteEncoder, Vocabulary
-    from trimtab_mappings.decoding import byte_tokens, read_tokens
-
     backend = Tokenizer.from_file(str(path))
-    special = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
-    spelled = read_tokens(backend, path.stem)
-    tokens = tuple(b"" if i in special else token for i, token in enumerate(spelled))
-    vocabulary = Vocabulary(
-        path.stem, tokens, special, {}, False, path.stem, byte_fallback=byte_tokens(backend, tokens)
+    added = backend.get_added_tokens_decoder()
+    roles = dict.fromkeys(f"{role}_token_id" for role in ("bos", "eos", "unk", "pad"))
+    return SimpleNamespace(
+        **roles,
+        backend_tokenizer=backend,
+        name_or_path=path.stem,
+        chat_template=None,
+        added_tokens_decoder=added,
+        all_special_ids=[i for i, token in added.items() if token.special],
     )
-    return ByteEncoder(SimpleNamespace(backend_tokenizer=backend), vocabulary)
 
 
 def estranged(tokens: tuple[bytes, ...]) -> tuple[bytes, ...]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import islice, product
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from tokenizers import Tokenizer
 
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
 
 SPACE_SIGN = "▁"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_BYTE_SPELLINGS = [
+    (bytes([16 * high + low]), f"<0x{first}{second}>")
+    for high, low in product(range(16), repeat=2)
+    for first in {f"{high:x}", f"{high:X}"}
+    for second in {f"{low:x}", f"{low:X}"}
+]
 # Fuse joins the tokens, and Strip then cuts off the dummy prefix
 _WITHOUT_REPLACEMENT = {"ByteFallback", "Fuse", "Strip"}
 _SAMPLES = 16  # runs of tokens that are held against the tokenizer's own decoder
@@ -53,8 +60,8 @@ def read_tokens(backend: Tokenizer, name: str) -> list[bytes]:
 
 def byte_tokens(backend: Tokenizer, tokens: Sequence[bytes]) -> frozenset[int]:
     """The ids of `<0x00>` to `<0xFF>`, where they stand for bytes."""
-    spelled = ((_BYTE_TOKEN.fullmatch(spelling), i) for spelling, i in backend.get_vocab().items())
-    return frozenset(i for match, i in spelled if match and tokens[i] == bytes.fromhex(match[1]))
+    spelled = ((byte, backend.token_to_id(spelling)) for byte, spelling in _BYTE_SPELLINGS)
+    return frozenset(i for byte, i in spelled if i is not None and tokens[i] == byte)
 
 
 def _steps(backend: Tokenizer) -> list[dict[str, Any]]:
@@ -132,14 +139,18 @@ def _compare_with_decoder(backend: Tokenizer, tokens: Sequence[bytes], ids: Sequ
 
     Behind another token: at the start of a text decoders drop a space, or keep a `##`.
     """
-    plain = [i for i in ids if _is_text(tokens[i])]
-    start = backend.decode(plain[:1])
-    for first in range(0, len(plain), max(_RUN, len(plain) // _SAMPLES)):
-        run = plain[first : first + _RUN]
+    start_ids = [*islice(_plain(tokens, ids), 1)]
+    start = backend.decode(start_ids)
+    for first in range(0, len(ids), max(_RUN, len(ids) // _SAMPLES)):
+        run = [*islice(_plain(tokens, ids[first:]), _RUN)]
         ours = b"".join(tokens[i] for i in run).decode()
-        theirs = backend.decode([*plain[:1], *run]).removeprefix(start)
+        theirs = backend.decode([*start_ids, *run]).removeprefix(start)
         if theirs != ours:
             raise VocabularyError(f"{name}: tokens {run} join to {ours!r}, but its decoder writes {theirs!r}")
+
+
+def _plain(tokens: Sequence[bytes], ids: Sequence[int]) -> Iterator[int]:
+    return (i for i in ids if _is_text(tokens[i]))
 
 
 def _is_text(token: bytes) -> bool:

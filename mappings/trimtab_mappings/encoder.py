@@ -14,7 +14,8 @@ from trimtab_mappings.vocabulary import Vocabulary, backend_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.models import Model
     from transformers import PreTrainedTokenizerBase
 
 _Step = dict[str, Any]
@@ -159,20 +160,45 @@ def _next_character(data: bytes, start: int) -> int:
 
 
 def _plain_copy(backend: Tokenizer) -> Tokenizer:
-    """Copy `backend` without the steps that add, drop or change bytes of the text."""
+    """Copy `backend` without the steps that add, drop or change bytes of the text; its tokens are shared."""
     from tokenizers import Tokenizer as Backend  # noqa: PLC0415 - only where it is used
 
-    state: dict[str, Any] = json.loads(backend.to_str())
-    state |= {"post_processor": None, "truncation": None, "padding": None}
-    state["normalizer"] = state["normalizer"] and _plain_normalizer(state["normalizer"])
-    state["pre_tokenizer"] = state["pre_tokenizer"] and _plain_pre_tokenizer(state["pre_tokenizer"])
-    if "dropout" in state["model"]:
-        state["model"]["dropout"] = None
-    for token in state["added_tokens"]:
-        token |= {"lstrip": False, "rstrip": False}  # they would swallow the spaces beside the token
+    normalizer, pre_tokenizer = _state(backend.normalizer), _state(backend.pre_tokenizer)
+    state = {
+        **dict.fromkeys(("post_processor", "decoder", "truncation", "padding")),
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": normalizer and _plain_normalizer(normalizer),
+        "pre_tokenizer": pre_tokenizer and _plain_pre_tokenizer(pre_tokenizer),
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+    }
     copy = Backend.from_str(json.dumps(state))
+    copy.model = _without_dropout(backend.model)
+    copy.add_tokens([_plain_added(token) for _, token in sorted(backend.get_added_tokens_decoder().items())])
     copy.encode_special_tokens = True
     return copy
+
+
+def _state(step: Any) -> _Step | None:
+    return json.loads(step.__getstate__()) if step else None
+
+
+def _without_dropout(model: Model) -> Model:
+    if getattr(model, "dropout", None) is None:
+        return model
+    copy = type(model)()
+    copy.__setstate__(model.__getstate__())
+    copy.dropout = None
+    return copy
+
+
+def _plain_added(token: AddedToken) -> AddedToken:
+    """An added token that does not swallow the spaces beside it."""
+    from tokenizers import AddedToken  # noqa: PLC0415 - only where it is used
+
+    return AddedToken(
+        token.content, single_word=token.single_word, normalized=token.normalized, special=token.special
+    )
 
 
 def _plain_normalizer(step: _Step) -> _Step | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _TOKENIZER_FILE = re.compile(r"token|vocab|tekken|merges|spiece|spm|\.model", re.IGNORECASE)
 _SENTENCEPIECE_FILES = ("tokenizer.model.v*", "spiece.model", "spm.model", "sentencepiece*.model")
+_NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 _MISTRAL_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
@@ -73,6 +75,33 @@ def generation_eos(path_or_id: str, revision: str | None = None, *, local: bool 
     return tuple(token_id for token_id in listed if type(token_id) is int)  # no bool
 
 
+def leave_out_torch() -> None:
+    """Let transformers be imported without torch and thus without models, which takes a fifth of the time.
+
+    That is for a process that reads tokenizers and runs no models. If torch or transformers is imported
+    already, nothing changes.
+    """
+    _Torch.left_out = True
+
+
+class _Torch:
+    left_out = False
+
+
+def _import_transformers() -> None:
+    if not _Torch.left_out or {"torch", "transformers"} & sys.modules.keys():
+        return
+    advice = os.environ.get(_NO_ADVICE)
+    os.environ[_NO_ADVICE] = "1"  # to install torch
+    sys.modules["torch"] = None  # type: ignore[assignment] - it can't be imported while that is so
+    try:
+        from transformers import AutoTokenizer, GenerationConfig  # noqa: F401, PLC0415 - only for this
+    finally:
+        del sys.modules["torch"], os.environ[_NO_ADVICE]
+        if advice is not None:
+            os.environ[_NO_ADVICE] = advice
+
+
 def _read(path_or_id: str, revision: str | None) -> tuple[PreTrainedTokenizerBase, Vocabulary]:
     local = _is_local(path_or_id, revision)
     tokenizer = _load_checked(path_or_id, revision, local=local)
@@ -84,6 +113,7 @@ def _read(path_or_id: str, revision: str | None) -> tuple[PreTrainedTokenizerBas
 def _load_checked(path_or_id: str, revision: str | None, *, local: bool) -> PreTrainedTokenizerBase:
     if fault := _fault(path_or_id):
         raise VocabularyError(f"no tokenizer can be loaded from {path_or_id!r}: {fault}")
+    _import_transformers()
     try:
         tokenizer = _load_any(path_or_id, revision, local=local)
     except Exception as error:  # transformers lets through whatever a malformed file raises

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT = "trimtab-mapping"
-VERSION = 3
+VERSION = 4
 TENSORS = {
     "mapping": np.int32,
     "exact": np.bool_,

@@ -159,15 +159,26 @@ def _has_dummy_prefix(backend: Tokenizer, tokens: Sequence[bytes]) -> bool:
     return b"".join(tokens[i] for i in backend.encode("a", add_special_tokens=False).ids).startswith(b" ")
 
 
-def _encoding_rules(backend: Tokenizer) -> dict[str, Any]:
-    """What decides, beside the tokens themselves, which of them a text becomes: merges or scores, words."""
-    state: dict[str, Any] = json.loads(backend.to_str())
-    model = {key: value for key, value in state["model"].items() if key != "vocab" or _is_scored(value)}
-    return {"model": model, "normalizer": state["normalizer"], "pre_tokenizer": state["pre_tokenizer"]}
+def _encoding_rules(backend: Tokenizer) -> list[bytes]:
+    """What decides, beside the tokens themselves, which of them a text becomes: merges or scores, words.
+
+    They are as the tokenizer dumps them, unparsed: a large vocabulary has half a million merges.
+    """
+    steps = (backend.normalizer, backend.pre_tokenizer)
+    return [
+        _without_vocabulary(backend.model.__getstate__()),
+        *(step.__getstate__() for step in steps if step),
+    ]
 
 
-def _is_scored(vocab: Any) -> bool:
-    return isinstance(vocab, list)  # Unigram's: pieces with their scores
+def _without_vocabulary(model: bytes) -> bytes:
+    """A model's dump without its tokens, except for Unigram's, which have scores.
+
+    A quote inside a string of JSON has a backslash before it, so that none of this can be part of a token.
+    """
+    before, is_mapping, rest = model.partition(b'"vocab":{')
+    _, has_merges, merges = rest.rpartition(b'},"merges":[')
+    return before + (merges if has_merges else b"") if is_mapping else model
 
 
 def _fingerprint(
@@ -177,16 +188,14 @@ def _fingerprint(
     roles: Mapping[str, tuple[int, ...]],
     byte_fallback: Iterable[int],
 ) -> str:
-    digest = hashlib.sha256()
-    for token in tokens:
-        digest.update(len(token).to_bytes(4, "big") + token)
+    digest = hashlib.sha256(b"".join(len(token).to_bytes(4, "big") + token for token in tokens))
     rest: dict[str, Any] = {
         "special": sorted(special),
         "roles": {role: list(roles.get(role, ())) for role in ROLES},
         "byte_fallback": sorted(byte_fallback),
-        "encoding": _encoding_rules(backend),
     }
-    digest.update(json.dumps(rest).encode())
+    for part in (json.dumps(rest).encode(), *_encoding_rules(backend)):
+        digest.update(len(part).to_bytes(4, "big") + part)
     return digest.hexdigest()
 
 

@@ -71,7 +71,7 @@ def _model(place: str, location: str, model: ModelSettings, *, controlled: bool)
     if not Path(tokenizer).exists():
         return Finding(place, f"{directory} (directory), with the tokenizer {tokenizer} ({_NOT_LOOKED_UP})")
     try:
-        return Finding(place, f"{directory} (directory), {len(_vocabulary(tokenizer).tokens)} tokens")
+        return Finding(place, f"{directory} (directory), {_tokens(tokenizer)}")
     except VocabularyError as error:
         # Without a control, only vLLM has to understand its tokenizer.
         return Finding(place, str(error), is_fault=controlled)
@@ -85,6 +85,16 @@ def _tokenizer(model: ModelSettings) -> str:
 @cache
 def _vocabulary(location: str) -> Vocabulary:
     return load_vocabulary(location)
+
+
+def _tokens(location: str) -> str:
+    vocabulary = _vocabulary(location)
+    end = (
+        ""
+        if "eos" in vocabulary.roles
+        else ", none of them an eos: a control has no say in where answers end"
+    )
+    return f"{len(vocabulary.tokens)} tokens{end}"
 
 
 def _pack(place: str, location: str) -> Iterator[Finding]:
@@ -117,7 +127,7 @@ def _component(place: str, location: str) -> Iterator[Finding]:
     for fault in faults:
         yield Finding(place, fault, is_fault=True)
     if not faults:
-        yield Finding(place, f"{directory} (directory), {len(_vocabulary(location).tokens)} tokens")
+        yield Finding(place, f"{directory} (directory), {_tokens(location)}")
 
 
 def _tables(settings: Settings, name: str) -> Iterator[Finding]:

@@ -214,7 +214,8 @@ def test_a_file_of_another_kind_is_refused(saved, metadata):
     [
         ("1", ""),
         ("2", ""),
-        ("4", " (upgrade trimtab to read it)"),
+        ("3", ""),
+        ("5", " (upgrade trimtab to read it)"),
         ("12", " (upgrade trimtab to read it)"),
         ("new", ""),
     ],
@@ -222,7 +223,7 @@ def test_a_file_of_another_kind_is_refused(saved, metadata):
 def test_a_file_of_another_version_is_refused(saved, version, advice):
     save_file(load_file(saved), saved, metadata_of(saved) | {"version": version})
     fault, command = refusal(saved)
-    assert fault == f"has format version '{version}', expected '3'{advice}"
+    assert fault == f"has format version '{version}', expected '4'{advice}"
     assert command == BUILD.format("the-target", "the-control", " --strategy pm-mined", saved)
 
 
@@ -231,7 +232,7 @@ def test_a_file_of_the_first_version_is_refused(table, saved):
     arrays = {key: getattr(table, key) for key in ARRAYS[:4]}
     save_file(arrays, saved, {"format": "trimtab-mapping", "version": "1", **texts})
     fault, command = refusal(saved)
-    assert fault == "has format version '1', expected '3'"
+    assert fault == "has format version '1', expected '4'"
     assert command == BUILD.format("the-target", "the-control", "", saved)
 
 

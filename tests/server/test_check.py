@@ -9,6 +9,7 @@ import socket
 import pytest
 from typer.testing import CliRunner
 
+import hand_made
 from serving import free_port
 from trimtab_mappings import cached_table, load_encoder, load_vocabulary
 from trimtab_server import check as check_module
@@ -92,6 +93,15 @@ def test_a_controlled_model_without_a_tokenizer_is_a_fault_and_another_is_vllms_
     status, lines, _ = check(models={"m": {"model": ".", "controls": []}}, controls=controls)
     assert status == 0
     assert lines[0].startswith("models.m: no tokenizer can be loaded from")
+
+
+def test_a_tokenizer_without_an_end_is_told(check, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    byte_level = hand_made.encoder([*"abc"]).tokenizer
+    byte_level.save_pretrained(tmp_path)
+    _, lines, _ = check(models={"m": {"model": "."}})
+    end = "3 tokens, none of them an eos: a control has no say in where answers end"
+    assert lines[0] == f"models.m: {tmp_path} (directory), {end}"
 
 
 def test_a_tokenizer_may_be_elsewhere(check, tmp_path, family):

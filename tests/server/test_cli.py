@@ -42,6 +42,26 @@ print(sorted(set({HEAVY!r}) & set(sys.modules)))
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_check_reads_tokenizers_without_torch(write_config, family):
+    config = write_config(
+        {"models": {"m": {"model": str(family.a)}}, "controls": {"c": str(family.control)}, "port": 0}
+    )
+    code = f"""
+import sys
+from trimtab_server.cli import main
+sys.argv = ["trimtab", "check", {str(config)!r}]
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code, ended.code
+print(sorted({{"torch", "transformers"}} & set(sys.modules)))
+import torch
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "['transformers']"
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("words", "option"), [(["map", "build"], "--target"), (["world", "make"], "--seed"), (["demo"], "--")]
 )
