@@ -164,7 +164,7 @@ def _plain_copy(backend: Tokenizer) -> Tokenizer:
     from tokenizers import Tokenizer as Backend  # noqa: PLC0415 - only where it is used
 
     normalizer, pre_tokenizer = _state(backend.normalizer), _state(backend.pre_tokenizer)
-    state = {
+    state: dict[str, Any] = {
         **dict.fromkeys(("post_processor", "decoder", "truncation", "padding")),
         "version": "1.0",
         "added_tokens": [],
@@ -186,10 +186,11 @@ def _state(step: Any) -> _Step | None:
 def _without_dropout(model: Model) -> Model:
     if getattr(model, "dropout", None) is None:
         return model
-    copy = type(model)()
+    copy: Any = type(model)()
     copy.__setstate__(model.__getstate__())
     copy.dropout = None
-    return copy
+    plain: Model = copy
+    return plain
 
 
 def _plain_added(token: AddedToken) -> AddedToken:

@@ -116,6 +116,9 @@ class Summary:
     """What the target must choose piece by piece, while the control knows only the whole."""
     target_in_pieces: Pieces
     """What the control would say piece by piece, of which a row names one."""
+    from_bare_space: Pieces
+    """The target's tokens without a counterpart that the control spells from a bare space on: words of other
+    scripts, which no routing carries."""
     coverage: Coverage
     """Rows by kind."""
     uses: Coverage | None
@@ -186,6 +189,7 @@ def summarize(table: MappingTable, text_uses: Uses | None = None, *, worst: int 
         coarser=_is_coarse(control_in_pieces),
         control_in_pieces=control_in_pieces,
         target_in_pieces=_in_pieces(table.target_tokens, table.control_tokens, uses),
+        from_bare_space=_pieces(table.from_bare_space, table.target_tokens, uses),
         coverage=table.coverage,
         uses=None if uses is None else table.weighted_coverage(uses),
         distances=_histogram(distances[approximate]),
@@ -255,11 +259,16 @@ def _counts(encoder: ByteEncoder, texts: Iterable[str]) -> NDArray[np.int64]:
 def _in_pieces(own: Sequence[bytes], others: Sequence[bytes], uses: NDArray[np.int64] | None) -> Pieces:
     """The tokens of `own` that are none of `others`; uses: int [own]."""
     known = {*others}
-    text = np.array([token != b"" for token in own])
-    pieces = np.array([token != b"" and token not in known for token in own])
+    return _pieces(np.array([token not in known for token in own], dtype=np.bool_), own, uses)
+
+
+def _pieces(chosen: NDArray[np.bool_], own: Sequence[bytes], uses: NDArray[np.int64] | None) -> Pieces:
+    """How many tokens of text are chosen; chosen: bool [own], uses: int [own]."""
+    text = np.array([token != b"" for token in own], dtype=np.bool_)
+    part = chosen & text
     return Pieces(
-        tokens=Part(int(pieces.sum()), int(text.sum())),
-        uses=None if uses is None else Part(int(uses[pieces].sum()), int(uses[text].sum())),
+        tokens=Part(int(part.sum()), int(text.sum())),
+        uses=None if uses is None else Part(int(uses[part].sum()), int(uses[text].sum())),
     )
 
 

@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from trimtab_mappings.encoder import ByteEncoder
 from trimtab_mappings.vocabulary import Vocabulary, VocabularyError, backend_of, read_vocabulary
@@ -93,7 +93,7 @@ def _import_transformers() -> None:
         return
     advice = os.environ.get(_NO_ADVICE)
     os.environ[_NO_ADVICE] = "1"  # to install torch
-    sys.modules["torch"] = None  # type: ignore[assignment] - it can't be imported while that is so
+    sys.modules["torch"] = cast("Any", None)  # it can't be imported while that is so
     try:
         from transformers import AutoTokenizer, GenerationConfig  # noqa: F401, PLC0415 - only for this
     finally:

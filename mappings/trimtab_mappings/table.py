@@ -127,6 +127,19 @@ class MappingTable:
         mapped = np.where(lengths > 0, text, Kind.ROLE)
         return np.where(self.mapping >= 0, mapped, Kind.NONE).astype(np.uint8)
 
+    @cached_property
+    def from_bare_space(self) -> NDArray[np.bool_]:
+        """[V_target]: the token has no counterpart, and the control spells it from a bare space on.
+
+        Such tokens are words of a script that the control spells in characters or bytes.
+        """
+        is_space = np.array([token == b" " for token in self.control_tokens], dtype=np.bool_)
+        spelled = np.diff(self.segment_offsets) > 0
+        first = self.segment_ids[self.segment_offsets[:-1][spelled]]
+        found = np.zeros(len(self.mapping), np.bool_)
+        found[spelled] = is_space[first]
+        return found & (self.mapping < 0)
+
     @property
     def coverage(self) -> Coverage:
         """How many target tokens are of which kind."""

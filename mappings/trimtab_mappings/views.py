@@ -211,7 +211,11 @@ def _distance_section(distances: Mapping[int, int], uses: Mapping[int, int] | No
 
 
 def _pieces_section(summary: Summary) -> Section:
-    sides = {"the control": summary.control_in_pieces, "the target": summary.target_in_pieces}
+    sides = {
+        "the control": summary.control_in_pieces,
+        "the target": summary.target_in_pieces,
+        "the target, from a bare space on": summary.from_bare_space,
+    }
     return Section(
         "Tokens that the other side has not, and spells in pieces",
         ("of", "tokens", "of all", *(("uses", "of the text") if summary.uses else ())),
@@ -219,6 +223,7 @@ def _pieces_section(summary: Summary) -> Section:
             (side, *_count(*pieces.tokens), *(_count(*pieces.uses) if pieces.uses else ()))
             for side, pieces in sides.items()
         ],
+        "spelled from a bare space on: words of other scripts, which no routing carries",
     )
 
 

@@ -122,6 +122,17 @@ def test_a_vocabulary_has_all_its_own_tokens_whole(any_family):
     assert not summary.coarser
 
 
+def test_words_that_the_control_spells_from_a_bare_space_on_are_counted():
+    spaces = [("\u0120", "a"), ("\u0120", "\u0120")]
+    target = hand_made.encoder(["\u0120", "a", "b", "\u0120a", "\u0120\u0120"], spaces)
+    control = hand_made.encoder(["\u0120", "a"])
+    table = build_table(target.vocabulary, control)
+    assert table.from_bare_space.tolist() == [False, False, False, True, False]  # and spaces are no word
+    assert summarize(table).from_bare_space == Pieces(tokens=Part(1, 5), uses=None)
+    uses = count_tokens(table, target, control, ["a a aa"])
+    assert summarize(table, uses).from_bare_space == Pieces(tokens=Part(1, 5), uses=Part(2, 4))
+
+
 def test_a_control_is_coarser_where_the_target_spells_most_of_its_tokens_in_pieces():
     fine, coarse = hand_made.letters(), hand_made.words()
     assert summarize(build_table(fine.vocabulary, coarse)).control_in_pieces.tokens == Part(8, 15)
