@@ -90,6 +90,15 @@ def recipe(**changes) -> EvalRecipe:
         ({"groups": "[{name: g, questions: [], scores: refuses}]"}, "there are no questions"),
         ({"groups": "[{name: g, questions: [a], scores: refuse}]"}, "`groups.0.scores.0`: Input should be"),
         ({"groups": "[{name: g, questions: [a], score: refuses}]"}, "Did you mean `scores`?"),
+        ({"gateway": "localhost:8000"}, "`gateway`: String should match pattern"),
+        (
+            {"gateway": "http://g/v1", "tofu": "{path: x}"},
+            "`tofu` needs log-likelihoods, which a gateway does not give: leave `gateway` out",
+        ),
+        (
+            {"gateway": "http://g/v1", "target": "{model_name_or_path: m, chat_template: x}"},
+            "`target.chat_template` has no effect with `gateway`",
+        ),
         ({"max_new_token": "3"}, "Did you mean `max_new_tokens`?"),
         ({"output_dir": ""}, "`output_dir` is missing"),
     ],

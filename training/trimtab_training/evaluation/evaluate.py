@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from trimtab_training.evaluation.control import LoadedControl, Setting, settings_of
+from trimtab_training.evaluation.gateway import Gateway
 from trimtab_training.evaluation.offline import Offline
 from trimtab_training.evaluation.questions import QuestionGroup, load_group
 from trimtab_training.evaluation.recipe import EvalRecipe
@@ -50,10 +51,13 @@ def evaluate(recipe: EvalRecipe, progress: Progress = lambda _done, _total: None
     prepare_directory(recipe.output_dir, overwrite=recipe.overwrite_output_dir)
     settings = settings_of(recipe)
     each = sum(len(group.questions) for group in groups) + (0 if tofu is None else tofu.count)
-    asker = _offline(recipe, _counter(progress, len(settings) * each))
+    count = _counter(progress, len(settings) * each)
+    asker = _offline(recipe, count) if recipe.gateway is None else _gateway(recipe, recipe.gateway, count)
     started = time.monotonic()
     answers = [answer for group in groups for answer in _ask(asker, group, settings, recipe)]
-    results = [] if tofu is None or recipe.tofu is None else run_tofu(tofu, recipe.tofu, asker, settings)
+    results = []
+    if tofu is not None and recipe.tofu is not None and isinstance(asker, Offline):
+        results = run_tofu(tofu, recipe.tofu, asker, settings)
     seconds = time.monotonic() - started
     evaluation = Evaluation(summarize(answers, recipe.bootstrap), answers, seconds, results)
     _write(recipe, evaluation)
@@ -83,8 +87,21 @@ def _offline(recipe: EvalRecipe, progress: Callable[[int], None]) -> Offline:
     )
 
 
+def _gateway(recipe: EvalRecipe, url: str, progress: Callable[[int], None]) -> Gateway:
+    return Gateway(
+        url=url,
+        model=recipe.target.model_name_or_path,
+        control=recipe.control,
+        max_new_tokens=recipe.max_new_tokens,
+        stop=recipe.stop,
+        requests_at_once=recipe.per_device_eval_batch_size,
+        system_prompt=recipe.system_prompt,
+        progress=progress,
+    )
+
+
 def _ask(
-    asker: Offline, group: QuestionGroup, settings: Sequence[Setting], recipe: EvalRecipe
+    asker: Offline | Gateway, group: QuestionGroup, settings: Sequence[Setting], recipe: EvalRecipe
 ) -> list[Answer]:
     texts = asker.answers(group.questions, settings)
     return score_answers(group, settings, texts, recipe.refusals)

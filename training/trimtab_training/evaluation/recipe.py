@@ -133,6 +133,8 @@ class EvalRecipe(Section):
     target: TargetSettings
     control: str | None = None
     """A pack, a directory or a hub id; with `gateway`, the control's name there; None: no control."""
+    gateway: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+    """The base URL of a running gateway, which is asked instead of a model here: http://localhost:8000/v1."""
     strengths: Annotated[tuple[Strength, ...], BeforeValidator(_listed), Field(min_length=1)] = (0.0, 1.0)
     """Strength 0 is the target without control."""
     routings: Annotated[tuple[RequestRouting, ...], BeforeValidator(_listed), Field(min_length=1)] = (_PATH,)
@@ -165,6 +167,18 @@ class EvalRecipe(Section):
     def _control_is_there(self) -> Self:
         if self.control is None and any(self.strengths):
             raise ValueError("`control` is missing: `strengths` other than 0 need a control")
+        return self
+
+    @model_validator(mode="after")
+    def _gateway_can_do_it(self) -> Self:
+        if self.gateway is not None and self.tofu is not None:
+            raise ValueError(
+                "`tofu` needs log-likelihoods, which a gateway does not give: leave `gateway` out"
+            )
+        if self.gateway is not None and self.target.chat_template is not None:
+            raise ValueError(
+                "`target.chat_template` has no effect with `gateway`: the served model has its own"
+            )
         return self
 
     @model_validator(mode="after")
