@@ -127,26 +127,27 @@ class Catalogue:
     def get(self, name: str) -> Control | None:
         return self._controls.get(name)
 
-    def choose(self, model: str, wanted: Wanted | None) -> Choices:
+    def choose(self, model: str, wanted: Wanted | None, param: str = FIELD) -> Choices:
         """The controls that a request to `model` gets.
 
         Args:
             model: a configured model's name.
             wanted: what the request says; None: nothing.
+            param: where the request says it, which errors name.
 
         Raises:
             BadRequestError: the model does not offer what is wanted, or not so much at once.
         """
-        selections = self._select(model, wanted)
+        selections = self._select(model, wanted, param)
         if len(selections) > self._limit:
             raise BadRequestError(
                 f"{len(selections)} controls, more than the {self._limit} that a request may sum",
-                param=FIELD,
+                param=param,
             )
         names = [selection.name for selection in selections]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise BadRequestError(f"control {twice[0][:80]!r} stands twice", param=FIELD)
-        return [self._choice(model, selection) for selection in selections]
+            raise BadRequestError(f"control {twice[0][:80]!r} stands twice", param=param)
+        return [self._choice(model, selection, param) for selection in selections]
 
     def offered(self, model: str) -> list[str]:
         """The names of the controls that `model` offers."""
@@ -168,23 +169,23 @@ class Catalogue:
             for name, control in self._controls.items()
         ]
 
-    def _select(self, model: str, wanted: Wanted | None) -> Sequence[Selection]:
+    def _select(self, model: str, wanted: Wanted | None, param: str) -> Sequence[Selection]:
         if wanted is None:
             return self._default(model)
         if isinstance(wanted, bool):
-            return (self._default(model) or self._only(model)) if wanted else ()
+            return (self._default(model) or self._only(model, param)) if wanted else ()
         return wanted
 
-    def _choice(self, model: str, selection: Selection) -> Choice:
+    def _choice(self, model: str, selection: Selection, param: str) -> Choice:
         control = self._controls.get(selection.name)
         if control is None or model not in control.models:
             raise BadRequestError(
                 f"{model!r} has no control {selection.name[:80]!r}; it has: {self._listed(model)}",
-                param=FIELD,
+                param=param,
                 code="control_not_found",
             )
         if selection.routing not in (None, PM_MINED) and self._runners[model] == "v2":
-            raise BadRequestError(f"routing {selection.routing!r}: {ONLY_PM_MINED}", param=FIELD)
+            raise BadRequestError(f"routing {selection.routing!r}: {ONLY_PM_MINED}", param=param)
         strength = control.pack.strength if selection.strength is None else selection.strength
         return Choice(control, strength, selection.top_k, selection.routing)
 
@@ -192,12 +193,12 @@ class Catalogue:
         default = self._defaults[model]
         return () if default is None else (Selection(name=default),)
 
-    def _only(self, model: str) -> Sequence[Selection]:
+    def _only(self, model: str, param: str) -> Sequence[Selection]:
         offered = self.offered(model)
         if len(offered) != 1:
             raise BadRequestError(
-                f"control is true, but {model!r} has no default control; name one of: {self._listed(model)}",
-                param=FIELD,
+                f"control is on, but {model!r} has no default control; name one of: {self._listed(model)}",
+                param=param,
             )
         return (Selection(name=offered[0]),)
 

@@ -7,7 +7,7 @@ was applied.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,10 +20,15 @@ FIELD = "control"
 HEADER = "x-trimtab-control"
 ALIAS = ":"
 """Stands between a model's name and its controls."""
+MAX_DIGITS = 400
+"""Maximum length of a number in a header or an alias; Python itself refuses to convert very long ones."""
 OFF, ON = "off", "on"
 _TERM = re.compile(
     r"(?P<name>[^=;,\s]+)(=(?P<strength>[^=;,\s]+))?(?P<options>(;\s*(top_k|routing)=[^=;,\s]+)*)"
 )
+# As in JSON: float() and int() would also take 1_0, +1, .5 and the digits of other scripts.
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
+_NUMBER = re.compile(_INTEGER.pattern + r"(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _GRAMMAR = "a name: it takes NAME[=STRENGTH][;top_k=N][;routing=NAME], several with commas"
 _FORMS = (
     "true, false, a name, an object with name, strength, top_k and routing, or a list of names and objects"
@@ -97,15 +102,26 @@ def _term(term: str, param: str) -> Selection:
     said: dict[str, Any] = dict(options)
     if len(said) < len(options):
         raise BadRequestError(f"{param}: an option stands twice in {term[:80]!r}", param=param)
-    try:
-        strength = None if found["strength"] is None else float(found["strength"])
-        said |= {"top_k": int(said["top_k"])} if "top_k" in said else {}
-    except ValueError as error:
-        raise BadRequestError(f"{param}: {error} in {term[:80]!r}", param=param) from error
+    said |= {"top_k": _number(said["top_k"], _INTEGER, int, param)} if "top_k" in said else {}
+    strength = None if found["strength"] is None else _number(found["strength"], _NUMBER, float, param)
     return _validated({"name": found["name"], "strength": strength, **said}, param)
 
 
+def _number(text: str, form: re.Pattern[str], convert: Callable[[str], float], param: str) -> float:
+    if not form.fullmatch(text) or len(text) > MAX_DIGITS:
+        kind = "an integer" if convert is int else "a number"
+        raise BadRequestError(f"{param}: {text[:80]!r} is not {kind}; write it as in JSON", param=param)
+    return convert(text)
+
+
 def _selection(value: Any, param: str) -> Selection:
+    name = value.get("name") if isinstance(value, dict) else value
+    if name in (OFF, ON):
+        write = "true" if name == ON else "false"
+        raise BadRequestError(
+            f"{param}: {name!r} is not a control; a body turns control {name} by `{FIELD}: {write}`",
+            param=param,
+        )
     if isinstance(value, str):
         return Selection(name=value)
     if not isinstance(value, dict):

@@ -96,6 +96,10 @@ def test_true_means_the_only_control_where_there_is_no_default(start, pack):
     [
         ("true", "control", "no control 'true'"),
         ("two", "control", "it has: one"),
+        ("off", "control", "turns control off by `control: false`"),
+        ("on", "control", "turns control on by `control: true`"),
+        (["one", "off"], "control.1", "`control: false`"),
+        ({"name": "on", "strength": 1}, "control", "`control: true`"),
         (1, "control", "got 1"),
         (0.5, "control", "got 0.5"),
         ([["one"]], "control.0", "got ['one']"),
