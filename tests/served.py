@@ -141,6 +141,7 @@ def served(directory: Path, **config):
         model.setdefault("model", "org/name")
         model.setdefault("command", FAKE)
     config.setdefault("restarts", {"backoff": 0.1, "longest": 0.2})
+    config.setdefault("pass_through", ["/fake/seen"])
     config["timeouts"] = {"stop": 1, "drain": 5, **config.get("timeouts", {})}
     gateway = Served(directory, config)
     try:

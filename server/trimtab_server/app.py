@@ -16,6 +16,8 @@ from starlette.requests import ClientDisconnect
 from trimtab_server.body import BodyReader
 from trimtab_server.controls import Catalogue
 from trimtab_server.errors import (
+    ANTHROPIC_REQUEST_ID,
+    REQUEST_ID,
     ApiError,
     on_api_error,
     on_disconnect,
@@ -23,12 +25,14 @@ from trimtab_server.errors import (
     on_http_exception,
     on_validation_error,
 )
-from trimtab_server.exchange import APPLIED_CONTROL, REQUEST_ID, Observe
+from trimtab_server.exchange import APPLIED_CONTROL, Observe
+from trimtab_server.gateway import Gateway
 from trimtab_server.loading import Loader
 from trimtab_server.metrics import Metrics
+from trimtab_server.passthrough import passthrough_routes
 from trimtab_server.playground import playground_routes
 from trimtab_server.preparing import Preparer
-from trimtab_server.routes import Gateway, admin_routes, open_routes, routes
+from trimtab_server.routes import admin_routes, open_routes, routes
 from trimtab_server.settings import Cors, Settings
 from trimtab_server.workers import Workers
 
@@ -68,6 +72,7 @@ def create_app(settings: Settings, catalogue: Catalogue, workers: Workers, metri
     app.include_router(playground_routes)
     app.include_router(admin_routes)
     app.include_router(routes)
+    app.include_router(passthrough_routes)
     return app
 
 
@@ -77,5 +82,5 @@ def _cors_options(cors: Cors) -> dict[str, Any]:
         **cors.model_dump(),
         "allow_methods": ["*"],
         "allow_headers": ["*"],
-        "expose_headers": [APPLIED_CONTROL, REQUEST_ID],
+        "expose_headers": [APPLIED_CONTROL, REQUEST_ID, ANTHROPIC_REQUEST_ID],
     }

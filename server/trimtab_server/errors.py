@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -14,6 +15,20 @@ from starlette.requests import ClientDisconnect
 CLIENT_CLOSED_REQUEST = 499
 """Not a status of HTTP's: what logs and metrics say of a client that went away before its answer."""
 RETRY_AFTER_SECONDS = 5
+REQUEST_ID = "x-request-id"
+ANTHROPIC_REQUEST_ID = "request-id"
+"""The header in which Anthropic's clients look for the request's id."""
+_ANTHROPIC = "/v1/messages"
+_ANTHROPIC_KINDS = {
+    HTTPStatus.BAD_REQUEST: "invalid_request_error",
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.NOT_FOUND: "not_found_error",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+    HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
+    HTTPStatus.GATEWAY_TIMEOUT: "timeout_error",
+}
 
 
 class ApiError(Exception):
@@ -89,6 +104,16 @@ class RequestTimeoutError(BadRequestError):
     code = "request_timeout"
 
 
+class MethodNotAllowedError(BadRequestError):
+    status = HTTPStatus.METHOD_NOT_ALLOWED
+    code = "method_not_allowed"
+
+    def __init__(self, method: str, path: str, allowed: Iterable[str]) -> None:
+        listed = ", ".join(sorted(allowed))
+        super().__init__(f"{path[:80]} does not take {method}. Allowed methods: {listed}")
+        self.headers = (("Allow", listed),)
+
+
 class UnsupportedMediaTypeError(BadRequestError):
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
     code = "unsupported_media_type"
@@ -130,20 +155,49 @@ def _printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-async def on_api_error(_: Request, error: Exception) -> Response:
+def is_anthropic(path: str) -> bool:
+    """Whether clients of the endpoint at `path` read errors in the shape of Anthropic's API."""
+    return path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/")
+
+
+def body_for(path: str, request_id: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    """Return an error's body in the shape of the API that `path` belongs to.
+
+    Args:
+        path: the request's path.
+        request_id: the request's id.
+        status: the HTTP status of the error.
+        body: the error's body in OpenAI's shape.
+    """
+    if not is_anthropic(path):
+        return body
+    other = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "api_error"
+    kind = _ANTHROPIC_KINDS.get(HTTPStatus(status), other)
+    error = {"type": kind, "message": body["error"]["message"]}
+    return {"type": "error", "error": error, "request_id": request_id}
+
+
+def _answer(request: Request, body: dict[str, Any], status: int, headers: Mapping[str, str]) -> Response:
+    request_id = request.state.exchange.request_id
+    return JSONResponse(
+        body_for(request.scope["path"], request_id, status, body), status, headers=dict(headers)
+    )
+
+
+async def on_api_error(request: Request, error: Exception) -> Response:
     """Answer an `ApiError`."""
     if not isinstance(error, ApiError):
         raise error
-    return JSONResponse(error.body(), error.status, headers=dict(error.headers))
+    return _answer(request, error.body(), error.status, dict(error.headers))
 
 
-async def on_http_exception(_: Request, error: Exception) -> Response:
+async def on_http_exception(request: Request, error: Exception) -> Response:
     """Answer the framework's own errors in the same shape."""
     if not isinstance(error, HTTPException):
         raise error
     kind = "invalid_request_error" if error.status_code < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
     body = {"error": {"message": error.detail, "type": kind, "param": None, "code": None}}
-    return JSONResponse(body, error.status_code, headers=error.headers)
+    return _answer(request, body, error.status_code, error.headers or {})
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:
@@ -162,6 +216,12 @@ async def on_disconnect(_: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-async def on_fault(_: Request, __: Exception) -> Response:
+async def on_fault(request: Request, _: Exception) -> Response:
     """Answer what nobody foresaw, without a word of its insides; the log has the traceback."""
-    return JSONResponse(ApiError("The gateway failed; its log has the details.").body(), ApiError.status)
+    request_id = request.state.exchange.request_id
+    # This answer is made outside the middleware that adds the id to all others.
+    headers = {REQUEST_ID: request_id}
+    if is_anthropic(request.scope["path"]):
+        headers[ANTHROPIC_REQUEST_ID] = request_id
+    error = ApiError("The gateway failed; its log has the details.")
+    return _answer(request, error.body(), error.status, headers)

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab_processors.parameters import SEVERAL
-from trimtab_server.errors import CLIENT_CLOSED_REQUEST
+from trimtab_server.errors import ANTHROPIC_REQUEST_ID, CLIENT_CLOSED_REQUEST, REQUEST_ID, is_anthropic
 from trimtab_server.logs import FIELDS
 from trimtab_server.metrics import Metrics
 from trimtab_server.selection import HEADER
@@ -24,7 +24,6 @@ from trimtab_server.usage import Tail
 
 logger = logging.getLogger(__name__)
 
-REQUEST_ID = "x-request-id"
 APPLIED_CONTROL = HEADER
 """The answer's header that says which control was applied, and how strongly."""
 SHOWN_BODY_BYTES = 4096
@@ -49,6 +48,8 @@ class Exchange:
         self.request_id = given_id if given_id and usable else uuid.uuid4().hex
         self.status: int | None = None
         self.control = ""
+        self.alias: str | None = None
+        """What the client calls the model, if it is not the model's own name."""
         self.held = ExitStack()
         """What a request holds until it is over."""
         self.body_memory = ExitStack()
@@ -74,9 +75,10 @@ class Exchange:
                 "%s bytes=%d body=%s", self.request_id, len(body), json.dumps(text), extra={FIELDS: fields}
             )
 
-    def routed(self, model: str) -> None:
-        """It is a worker's now; `model` is a configured name."""
+    def routed(self, model: str, alias: str | None = None) -> None:
+        """It is a worker's now; `model` is a configured name, `alias` what the client called it instead."""
         self._model = model
+        self.alias = alias
         self._metrics.in_flight.labels(model).inc()
 
     def controlled_by(self, names: Sequence[str]) -> None:
@@ -90,6 +92,8 @@ class Exchange:
             self.status = message["status"] if self.status is None else self.status
             headers = MutableHeaders(scope=message)
             headers[REQUEST_ID] = self.request_id
+            if is_anthropic(self._path):
+                headers[ANTHROPIC_REQUEST_ID] = self.request_id
             self._applied = headers.get(APPLIED_CONTROL)
         elif body := message.get("body"):
             if self._first_byte is None:

@@ -13,8 +13,9 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from trimtab_server.errors import CLIENT_CLOSED_REQUEST, ApiError
-from trimtab_server.exchange import Exchange, exchange_of
+from trimtab_server.errors import CLIENT_CLOSED_REQUEST, ApiError, body_for
+from trimtab_server.exchange import exchange_of
+from trimtab_server.renaming import EventRenaming, event_paths, rename
 from trimtab_server.upstream import Answer, Call
 from trimtab_server.workers import Model
 
@@ -22,12 +23,15 @@ Result = TypeVar("Result")
 HeaderPairs = Iterable[tuple[bytes, bytes]]
 
 
-def call_of(request: Request, body: bytes) -> Call:
-    """The request as a worker is to get it."""
+def call_of(request: Request, body: bytes, *, uncompressed: bool = False) -> Call:
+    """The request as a worker is to get it; `uncompressed`: such that its answer is not compressed."""
     target = request.scope["raw_path"].decode("latin-1")
     if query := request.scope["query_string"].decode("latin-1"):
         target += f"?{query}"
-    return Call(request.method, target, request.headers.raw, body)
+    headers = request.headers.raw
+    if uncompressed:
+        headers = [pair for pair in headers if pair[0] != b"accept-encoding"]
+    return Call(request.method, target, headers, body)
 
 
 async def relay(request: Request, model: Model, body: bytes) -> Response:
@@ -85,28 +89,49 @@ async def _answered(
 ) -> Response:
     """Return the worker's answer; `held` is given back when it has been passed on."""
     exchange = exchange_of(request)
-    answer = await model.send(call_of(request, body), exchange.request_id)
+    names = None if exchange.alias is None else (model.name, exchange.alias)
+    call = call_of(request, body, uncompressed=names is not None)
+    answer = await model.send(call, exchange.request_id)
     if held is not None:
         answer.held.push(held.pop_all())
-    if not answer.has_length:
-        return _Relayed(answer, exchange, extra_headers)
+    is_renamed = names is not None and answer.is_json
+    if not answer.has_length and not is_renamed:
+        return _Relayed(answer, request, names, extra_headers)
     try:
         content = await answer.read()
     finally:
         answer.close()
+    headers = answer.headers
+    if names is not None and is_renamed:
+        content = rename(content, *names)
+        headers = [*_without_length(headers), (b"content-length", str(len(content)).encode())]
     response = Response(content, answer.status)
-    response.raw_headers = [*answer.headers, *extra_headers]
+    response.raw_headers = [*headers, *extra_headers]
     return response
+
+
+def _without_length(headers: HeaderPairs) -> list[tuple[bytes, bytes]]:
+    return [pair for pair in headers if pair[0] != b"content-length"]
 
 
 class _Relayed(StreamingResponse):
     """An answer whose length nobody knows, on its way through."""
 
-    def __init__(self, answer: Answer, exchange: Exchange, extra_headers: HeaderPairs) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        request: Request,
+        names: tuple[str, str] | None,
+        extra_headers: HeaderPairs,
+    ) -> None:
         super().__init__(self._pieces(), answer.status)
         self.raw_headers = [*answer.headers, *extra_headers]
         self._answer = answer
-        self._exchange = exchange
+        self._exchange = exchange_of(request)
+        self._path = request.scope["path"]
+        self._renaming = None
+        if names is not None and answer.is_event_stream:
+            self._renaming = EventRenaming(*names, event_paths(self._path))
         self._settled = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -120,15 +145,24 @@ class _Relayed(StreamingResponse):
     async def _pieces(self) -> AsyncIterator[bytes]:
         try:
             async for piece in self._answer.pieces():
-                yield piece
+                yield piece if self._renaming is None else self._renaming.feed(piece)
         except ApiError as error:
             self._exchange.status = error.status
             self._settled = True
             if not self._answer.is_event_stream:
                 raise
             # The status has been sent long ago: the stream has to say it, after whatever event was cut off.
-            yield f"\n\nevent: error\ndata: {json.dumps(error.body())}\n\n".encode()
+            yield self._rest() + self._event(error)
+        else:
+            yield self._rest()
         self._settled = True
+
+    def _rest(self) -> bytes:
+        return b"" if self._renaming is None else self._renaming.end()
+
+    def _event(self, error: ApiError) -> bytes:
+        body = body_for(self._path, self._exchange.request_id, error.status, error.body())
+        return f"\n\nevent: error\ndata: {json.dumps(body)}\n\n".encode()
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

@@ -1,114 +1,60 @@
-"""The gateway's endpoints; whatever is not here is the worker's, and passes through."""
+"""The gateway's own endpoints; `passthrough` has the others."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from trimtab_server import openapi
-from trimtab_server.body import BodyReader, JsonObject, is_json, require_json
+from trimtab_server.body import JsonObject, require_json
 from trimtab_server.controls import (
     XARGS,
-    Catalogue,
     Choices,
     applied,
     refuse_own_xargs,
 )
 from trimtab_server.coverage import refuse_uncontrolled
-from trimtab_server.errors import BadRequestError, NotFoundError, UnknownModelError, WorkerTimeoutError
+from trimtab_server.errors import BadRequestError, WorkerTimeoutError
 from trimtab_server.exchange import exchange_of
-from trimtab_server.keys import require_admin, require_key
-from trimtab_server.loading import LOAD, UNLOAD, Loader
-from trimtab_server.metrics import Metrics
+from trimtab_server.gateway import (
+    Gateway,
+    Here,
+    admin_key_needed,
+    key_for_metrics,
+    key_needed,
+    read_object,
+    read_whole,
+    route_to,
+)
+from trimtab_server.loading import LOAD, UNLOAD
 from trimtab_server.openapi import LoadControl, UnloadControl
-from trimtab_server.preparing import Preparer
 from trimtab_server.prompt_bound import CONTROLS, MODELS
 from trimtab_server.prompts import Chat
-from trimtab_server.relay import relay, relay_in_turn
+from trimtab_server.relay import relay_in_turn
 from trimtab_server.replicas import State
 from trimtab_server.selection import ALIAS, FIELD, HEADER, Wanted, from_body, from_text, split_alias
-from trimtab_server.settings import Settings
-from trimtab_server.workers import Model, Workers
+from trimtab_server.workers import Workers
 
 CHAT = "/v1/chat/completions"
-_UNGUARDED = ("/invocations", "/inference/", "/v1/chat/completions/batch", "/generative_scoring")
-"""Endpoints of vLLM's that generate too, past controls and limits."""
-_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
-
-
-@dataclass(frozen=True)
-class Gateway:
-    """What the endpoints work with."""
-
-    settings: Settings
-    catalogue: Catalogue
-    workers: Workers
-    metrics: Metrics
-    loader: Loader
-    bodies: BodyReader
-    preparer: Preparer
-
-    def model(self, model: Any) -> Model:
-        """The model of this name; without a name, the only one.
-
-        Raises:
-            UnknownModelError: no model has this name.
-            BadRequestError: it is no name, or there is none and several models.
-        """
-        if model is None and len(self.workers) == 1:
-            return next(iter(self.workers.values()))
-        names = ", ".join(self.workers)
-        if model is None:
-            raise BadRequestError(
-                f"Which model? Name one of: {names} (`model` in the body or the query)", param="model"
-            )
-        if not isinstance(model, str):
-            raise BadRequestError(f"model is the name of one, got {str(model)[:80]}", param="model")
-        if model not in self.workers:
-            raise UnknownModelError(f"There is no model {model[:80]!r}; there is: {names}", param="model")
-        return self.workers[model]
-
-
-def gateway_of(request: Request) -> Gateway:
-    """The gateway that a request has come to."""
-    gateway: Gateway = request.app.state.gateway
-    return gateway
-
-
-Here = Annotated[Gateway, Depends(gateway_of)]
-
-
-def _require_key(request: Request, here: Here) -> None:
-    require_key(request, here.settings)
-
-
-def _require_key_for_metrics(request: Request, here: Here) -> None:
-    if here.settings.protect_metrics:
-        require_key(request, here.settings)
-
-
-def _require_admin(request: Request, here: Here) -> None:
-    require_admin(request, here.settings)
-
-
 open_routes = APIRouter()
-routes = APIRouter(dependencies=[Depends(_require_key)], responses=openapi.ERRORS)
-admin_routes = APIRouter(dependencies=[Depends(_require_admin)], responses=openapi.ERRORS)
+routes = APIRouter(dependencies=[Depends(key_needed)], responses=openapi.ERRORS)
+admin_routes = APIRouter(dependencies=[Depends(admin_key_needed)], responses=openapi.ERRORS)
 
 
-@open_routes.api_route("/health", methods=["GET", "HEAD"])
+@open_routes.head("/health", include_in_schema=False)
+@open_routes.get("/health")
 async def health() -> JSONResponse:
     """The gateway lives."""
     return JSONResponse({"status": "ok"})
 
 
-@open_routes.api_route("/ready", methods=["GET", "HEAD"])
+@open_routes.head("/ready", include_in_schema=False)
+@open_routes.get("/ready")
 async def ready(here: Here) -> JSONResponse:
     """Whether every model has a worker that answers, and how each of them does."""
     described = await asyncio.gather(*(model.describe() for model in here.workers.values()))
@@ -118,7 +64,7 @@ async def ready(here: Here) -> JSONResponse:
     return JSONResponse(body, 200 if all_ready else 503)
 
 
-@open_routes.get("/metrics", dependencies=[Depends(_require_key_for_metrics)])
+@open_routes.get("/metrics", dependencies=[Depends(key_for_metrics)])
 async def metrics(here: Here) -> Response:
     """The gateway's metrics and every worker's."""
     models = here.workers.values()
@@ -147,7 +93,7 @@ async def controls(here: Here) -> JSONResponse:
 @admin_routes.post(LOAD, openapi_extra=openapi.body_of(LoadControl))
 async def load_control(request: Request, here: Here) -> JSONResponse:
     """Load a control into every worker that is to serve it, and offer it then."""
-    wanted = LoadControl.model_validate({**await _small_object(request, here)})
+    wanted = LoadControl.model_validate({**await read_object(request, here)})
     await here.loader.load(wanted.control_name, wanted.control_path, wanted.models)
     return JSONResponse({"status": "loaded", "control_name": wanted.control_name})
 
@@ -155,7 +101,7 @@ async def load_control(request: Request, here: Here) -> JSONResponse:
 @admin_routes.post(UNLOAD, openapi_extra=openapi.body_of(UnloadControl))
 async def unload_control(request: Request, here: Here) -> JSONResponse:
     """Offer a loaded control no more; the answer comes when no request has it, and no worker."""
-    wanted = UnloadControl.model_validate({**await _small_object(request, here)})
+    wanted = UnloadControl.model_validate({**await read_object(request, here)})
     # It goes on where the client does not wait for it.
     await asyncio.shield(asyncio.ensure_future(here.loader.unload(wanted.control_name)))
     return JSONResponse({"status": "unloaded", "control_name": wanted.control_name})
@@ -174,7 +120,7 @@ async def model(here: Here, name: str) -> JSONResponse:
     """One model or alias, as its worker describes it; vLLM itself has no such endpoint."""
     base, said = split_alias(name)
     here.model(base).require_ready()
-    choices = here.catalogue.choose(base, from_text(said, "model")) if said is not None else ()
+    choices = here.catalogue.choose(base, from_text(said, "model"), "model") if said is not None else ()
     card = await _card(here, base)
     if card is None:
         raise WorkerTimeoutError(f"The worker of {base!r} does not answer.", param="model")
@@ -187,13 +133,12 @@ async def model(here: Here, name: str) -> JSONResponse:
 @routes.post("/v1/messages", openapi_extra=openapi.generating("messages", "a message"))
 async def generate(request: Request, here: Here) -> Response:
     """Generate text, under controls where they are asked for."""
-    body = await _read(request, here)
+    body = await read_whole(request, here)
     require_json(request)
     payload = await here.bodies.parse(body)
-    name, said = split_alias(payload.get("model"))
-    model = _route(request, here, name)
+    model, said = route_to(request, here, payload.get("model"))
     refuse_own_xargs(payload)
-    choices = here.catalogue.choose(model.name, _wanted(request, payload.pop(FIELD, None), said))
+    choices = here.catalogue.choose(model.name, *_wanted(request, payload.pop(FIELD, None), said))
     exchange = exchange_of(request)
     exchange.controlled_by([choice.control.name for choice in choices])
     model.require_ready()
@@ -201,7 +146,7 @@ async def generate(request: Request, here: Here) -> Response:
     for choice in choices:
         exchange.held.enter_context(choice.control.in_use())
     if said is not None:
-        payload["model"] = name
+        payload["model"] = model.name
 
     def examined() -> Chat | None:
         path = request.scope["path"]
@@ -220,51 +165,13 @@ async def generate(request: Request, here: Here) -> Response:
     return await relay_in_turn(request, model, prepared, [header])
 
 
-@routes.api_route("/{path:path}", methods=_METHODS, include_in_schema=False)
-async def forward(request: Request, here: Here) -> Response:
-    """Any other endpoint of a worker, but for those that would generate unguarded."""
-    if request.scope["path"].startswith(_UNGUARDED):
-        raise NotFoundError("This endpoint of vLLM's is not offered: it passes by controls and limits")
-    body = await _read(request, here)
-    name, said = split_alias(request.query_params.get("model"))
-    if body and is_json(request):
-        payload = await here.bodies.parse(body)
-        refuse_own_xargs(payload)
-        if FIELD in payload:
-            raise BadRequestError("This endpoint takes no control.", param=FIELD)
-        if "model" in payload:
-            name, said = split_alias(payload["model"])
-            if said is not None:
-                payload["model"] = name
-                body = payload.encode()
-    if name is None and not body and len(here.workers) > 1:
-        path = request.scope["path"][:80]
-        raise NotFoundError(
-            f"The gateway has no {request.method} {path}; of a worker's, name the model: ?model=NAME"
-        )
-    return await relay(request, _route(request, here, name), body)
-
-
-def _wanted(request: Request, field: Any, alias: str | None) -> Wanted | None:
-    """What a request says of control: in its body before in its header before in the model's name."""
+def _wanted(request: Request, field: Any, alias: str | None) -> tuple[Wanted | None, str]:
+    """What a request says of control, and where: its body before its header before the model's name."""
     if field is not None:
-        return from_body(field)
+        return from_body(field), FIELD
     if lines := request.headers.getlist(HEADER):
-        return from_text(",".join(lines), HEADER)
-    return None if alias is None else from_text(alias, "model")
-
-
-async def _read(request: Request, here: Gateway) -> bytes:
-    exchange = exchange_of(request)
-    body = await here.bodies.read(request, exchange.body_memory)
-    exchange.received(body)
-    return body
-
-
-async def _small_object(request: Request, here: Gateway) -> JsonObject:
-    body = await _read(request, here)
-    require_json(request)
-    return await here.bodies.parse(body)
+        return from_text(",".join(lines), HEADER), HEADER
+    return (None if alias is None else from_text(alias, "model")), "model"
 
 
 async def _card(here: Gateway, name: str) -> dict[str, Any] | None:
@@ -289,12 +196,6 @@ async def _mappings(workers: Workers) -> dict[tuple[str, str], Any]:
         for control in json.loads(body)["data"] if body else ():
             found[name, control["id"]] = control.get("mapping")
     return found
-
-
-def _route(request: Request, here: Gateway, name: Any) -> Model:
-    model = here.model(name)
-    exchange_of(request).routed(model.name)
-    return model
 
 
 def _xargs(payload: JsonObject) -> dict[str, Any]:

@@ -64,6 +64,7 @@ def run_gateway(settings: Settings, *, verbose: bool = False) -> int:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=settings.timeouts.keep_alive,
         timeout_graceful_shutdown=round(settings.timeouts.drain),
         **uvicorn_options(settings.tls),
     )

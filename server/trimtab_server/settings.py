@@ -30,7 +30,9 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED, ControlName
+from trimtab_processors.parameters import MAX_CONTROLS
 from trimtab_processors.settings import DEFAULT_TABLES, PluginSettings
+from trimtab_server.access import is_disabled
 from trimtab_server.configuration import Override, describe, overlay, parse_yaml, read_environment
 
 Runner = Literal["v1", "v2"]
@@ -115,6 +117,12 @@ def _pattern(text: str) -> str:
     return text
 
 
+def _may_pass(path: str) -> str:
+    if is_disabled(path):
+        raise ValueError(f"{path} would bypass controls and limits, and can't be opened")
+    return path
+
+
 class _WithoutTop:
     """The schema of the plugin's options without those that stand at the top of the configuration."""
 
@@ -145,6 +153,7 @@ FlagValue = Annotated[bool | int | float | str | list[Any] | dict[str, Any], Bef
 ProcessorName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*:\w+$"), AfterValidator(_processor)]
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^\s/?#]+)$")]
 """As browsers write it: scheme, host and port, and no slash behind them; or * for all."""
+EndpointPath = Annotated[str, Field(pattern=r"^(/([\w.-]+|\{\w+\}))+$"), AfterValidator(_may_pass)]
 Text = Annotated[str, WithJsonSchema({"type": ["string", "number"]})]
 """A text for which a number may stand."""
 _ONLY: JsonDict = {"additionalProperties": False}
@@ -173,6 +182,9 @@ class Timeouts(_Section):
     """For requests in flight when the gateway shuts down."""
     stop: Seconds = 20
     """For a worker's processes to end by themselves before they are killed."""
+    keep_alive: Annotated[int, Field(gt=0)] = 75
+    """For the next request on an idle client connection, in whole seconds. It must be longer than the idle
+    timeout of a load balancer in front, so that no request meets a connection that is being closed."""
 
 
 class Restarts(_Section):
@@ -212,8 +224,8 @@ class Limits(_Section):
     """Requests of one model that wait; 429 beyond."""
     controls: Annotated[int, Field(gt=0)] = 64
     """Controls that there are at once, loaded ones among them."""
-    controls_per_request: Annotated[int, Field(gt=0)] = 4
-    """Controls that one request may sum."""
+    controls_per_request: Annotated[int, Field(gt=0, le=MAX_CONTROLS)] = 4
+    """Controls that one request may sum, at most 8."""
     aliases: Annotated[int, Field(ge=0)] = 1024
     """Aliases `model:control` that `/v1/models` lists."""
 
@@ -368,6 +380,9 @@ class Settings(_Section):
     """Whether `/` answers the playground, a page to try controls on; it needs no key, what it asks does."""
     control_roots: tuple[LocalPath, ...] = ()
     """Directories below which controls may be loaded while the gateway runs."""
+    pass_through: tuple[EndpointPath, ...] = ()
+    """Paths of vLLM's that clients may use without an admin key, beside those that the gateway passes on
+    anyway, such as /is_sleeping; {name} stands for one segment."""
     limits: Limits = Limits()
     cors: Cors = Cors()
     tls: Tls | None = None

@@ -237,6 +237,12 @@ class Answer:
         return self._response.content_type == "text/event-stream"
 
     @property
+    def is_json(self) -> bool:
+        """Whether the body is a JSON document, as it is."""
+        is_plain = self._response.headers.get("content-encoding", "identity") == "identity"
+        return self._response.content_type == "application/json" and is_plain
+
+    @property
     def has_length(self) -> bool:
         """Whether the body is one whole, known in its length from the beginning."""
         return self._response.content_length is not None

@@ -34,6 +34,35 @@ def gateway(tmp_path_factory, pack):
         yield gateway.wait_until_ready()
 
 
+# Connections
+
+
+def closed_after(served: Served, seconds: float) -> bool:
+    """Whether an idle connection, which has had an answer, is closed by the gateway within `seconds`."""
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.settimeout(30)
+        answer = b""
+        while not answer.endswith(b'{"status":"ok"}'):
+            answer += connection.recv(65536)
+        connection.settimeout(seconds)
+        try:
+            return connection.recv(1) == b""
+        except TimeoutError:
+            return False
+
+
+def test_an_idle_connection_stays_open_for_longer_than_uvicorns_5_seconds(gateway):
+    assert not closed_after(gateway, 6.5)
+
+
+def test_an_idle_connection_is_closed_when_the_configured_time_is_over(serve):
+    gateway = serve(timeouts={"keep_alive": 1})
+    gateway.wait_until_ready()
+    assert not closed_after(gateway, 0.6)
+    assert closed_after(gateway, 5)
+
+
 # With the OpenAI SDK
 
 

@@ -101,7 +101,7 @@ def test_no_other_model_and_no_other_endpoint_is_touched_by_it(gateway, full):
     assert ask(gateway.client(), "other").choices
     assert queued(gateway, "other") == 0
     # What does not generate is not counted.
-    assert gateway.get("/tokenize?model=m")[0] == 202
+    assert gateway.get("/version?model=m")[0] == 202
     assert [model.id for model in gateway.client().models.list()] == ["m", "other"]
 
 

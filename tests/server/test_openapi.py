@@ -44,6 +44,12 @@ def test_the_document_has_every_endpoint_of_the_gateways_own(gateway):
     assert chat["parameters"][0]["name"] == "x-trimtab-control"
 
 
+def test_no_operation_has_the_id_of_another(gateway):
+    document = get_json(f"{gateway.url}/openapi.json")
+    ids = [operation["operationId"] for path in document["paths"].values() for operation in path.values()]
+    assert len(ids) == len(set(ids))
+
+
 def test_no_request_that_the_document_allows_or_forbids_finds_the_gateway_otherwise(gateway, tmp_path):
     command = [
         *(str(SCHEMATHESIS), "run", f"{gateway.url}/openapi.json", "--checks", CHECKS),

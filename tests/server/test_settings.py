@@ -123,6 +123,14 @@ def test_numbers_may_stand_for_text_in_the_environment(write_config):
             {"models": ONE, "timeouts": {"stat": 1}},
             "timeouts.stat: unknown key; allowed here: body, connect, drain",
         ),
+        (
+            {"models": ONE, "limits": {"controls_per_request": 9}},
+            "limits.controls_per_request: Input should be less than or equal to 8, got '9'",
+        ),
+        (
+            {"models": ONE, "pass_through": ["/sleep", "/invocations"]},
+            "pass_through.1: /invocations would bypass controls and limits, and can't be opened",
+        ),
         ({"models": ONE, "timeouts": {"stop": 0}}, "timeouts.stop: Input should be greater than 0, got '0'"),
         (
             {"models": {"m": {"model": "x", "plugin": {"cache": 1}}}},

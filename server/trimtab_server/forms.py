@@ -1,0 +1,138 @@
+"""Multipart forms: the fields that the gateway has to read, and a body with another `model`.
+
+The parser reports positions in the body. Only the fields that are asked for are copied, never a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from fastapi import Request
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from trimtab_server.errors import BadRequestError
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+MAX_FIELD_BYTES = 65_536
+"""Maximum size of a field that the gateway reads."""
+MAX_PARTS = 1000
+"""Maximum number of fields and files; the worker's own form parser has the same."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a form, and the position of its value in the body."""
+
+    name: str
+    value: str
+    start: int
+    end: int
+
+
+def boundary_of(request: Request) -> bytes | None:
+    """Return the boundary of a multipart form; None if the request has no such body.
+
+    Raises:
+        BadRequestError: the content type names no boundary.
+    """
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    if kind != b"multipart/form-data":
+        return None
+    if not options.get(b"boundary"):
+        raise BadRequestError("Content-Type multipart/form-data must have a boundary", code="invalid_form")
+    return options[b"boundary"]
+
+
+def read_fields(body: bytes, boundary: bytes, names: Collection[str]) -> list[Field]:
+    """Return the fields called one of `names`, in their order; files are passed over.
+
+    Raises:
+        BadRequestError: the body is not a form, or one of these fields is too large or not UTF-8.
+    """
+    reader = _Reader(names)
+    try:
+        MultipartParser(boundary, reader.callbacks()).write(body)
+    except FormParserError as error:
+        raise BadRequestError(f"The body is not a valid form: {error}", code="invalid_form") from error
+    return reader.fields
+
+
+def with_value(body: bytes, old: Field, value: str) -> bytes:
+    """Return the body with another value in the field `old`, and every other byte as it is."""
+    whole = memoryview(body)
+    return b"".join((whole[: old.start], value.encode(), whole[old.end :]))
+
+
+@dataclass
+class _Reader:
+    """Collects fields from the parser's callbacks, which report positions in the one body that is written."""
+
+    names: Collection[str]
+    fields: list[Field] = field(default_factory=list)
+    _parts: int = 0
+    _header: bytes = b""
+    _value: bytes = b""
+    _disposition: bytes = b""
+    _name: str | None = None
+    """The name of the current part; None if it is a file or nobody asked for it."""
+    _content: bytes = b""
+    _start: int | None = None
+
+    def callbacks(self) -> MultipartCallbacks:
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": self._add_to_header,
+            "on_header_value": self._add_to_value,
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._open,
+            "on_part_data": self._add_content,
+            "on_part_end": self._close,
+        }
+
+    def _begin(self) -> None:
+        self._parts += 1
+        if self._parts > MAX_PARTS:
+            raise BadRequestError(f"The form has more than {MAX_PARTS} parts", code="invalid_form")
+        self._disposition = self._content = b""
+        self._name = self._start = None
+
+    def _add_to_header(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _add_to_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _end_header(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._header = self._value = b""
+
+    def _open(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        name = options.get(b"name", b"").decode(errors="replace")
+        self._name = name if name in self.names and b"filename" not in options else None
+
+    def _add_content(self, data: bytes, start: int, end: int) -> None:
+        if self._name is None:
+            return
+        self._start = start if self._start is None else self._start
+        self._content += data[start:end]
+        if len(self._content) > MAX_FIELD_BYTES:
+            raise BadRequestError(
+                f"`{self._name}` in the form has more than {MAX_FIELD_BYTES} bytes", param=self._name
+            )
+
+    def _close(self) -> None:
+        if self._name is None:
+            return
+        try:
+            value = self._content.decode()
+        except UnicodeDecodeError as error:
+            raise BadRequestError(f"`{self._name}` in the form is not UTF-8", param=self._name) from error
+        start = self._start or 0
+        self.fields.append(Field(self._name, value, start, start + len(self._content)))

@@ -1,0 +1,148 @@
+"""Requests to every other endpoint of a worker: who may send them, and which model they are for."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from starlette.routing import Match
+
+from trimtab_server.access import Access, access_to, methods_at
+from trimtab_server.body import JsonObject, is_json
+from trimtab_server.controls import XARGS, refuse_own_xargs
+from trimtab_server.errors import (
+    BadRequestError,
+    ForbiddenError,
+    MethodNotAllowedError,
+    NotFoundError,
+    UnauthorizedError,
+)
+from trimtab_server.forms import boundary_of, read_fields, with_value
+from trimtab_server.gateway import Gateway, Here, read_whole, route_to
+from trimtab_server.keys import require_admin, require_key
+from trimtab_server.relay import relay
+from trimtab_server.selection import FIELD, from_text, split_alias
+from trimtab_server.settings import Settings
+
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
+_MODEL = "model"
+
+passthrough_routes = APIRouter()
+
+
+@passthrough_routes.api_route("/{path:path}", methods=_METHODS, include_in_schema=False)
+async def forward(request: Request, here: Here) -> Response:
+    """Pass a request on to an endpoint of a worker that the gateway does not answer itself."""
+    _require_access(request, here.settings)
+    body, asked = await _with_base_model(request, here, await read_whole(request, here))
+    if asked is None:
+        asked = request.query_params.get(_MODEL)
+    if asked is None and not body:
+        _require_only_model(request, here)
+    model, said = route_to(request, here, asked)
+    if said is not None:
+        # The endpoint has no use for the controls, but a name that generates nowhere is no name here either.
+        here.catalogue.choose(model.name, from_text(said, _MODEL), _MODEL)
+    return await relay(request, model, body)
+
+
+def _require_access(request: Request, settings: Settings) -> None:
+    """Refuse a request to an endpoint that its sender may not use.
+
+    Raises:
+        NotFoundError: the endpoint is disabled, or neither the gateway nor vLLM has it.
+        MethodNotAllowedError: the endpoint has other methods.
+        UnauthorizedError, ForbiddenError: the endpoint needs a key that the request does not have.
+    """
+    path = request.scope["path"]
+    access = access_to(path, settings.pass_through)
+    if access is Access.DISABLED:
+        raise NotFoundError("This vLLM endpoint is disabled because it would bypass controls and limits")
+    methods = methods_at(path) | _own_methods(request)
+    if methods and request.method not in methods:
+        raise MethodNotAllowedError(request.method, path, methods)
+    require_key(request, settings)
+    if access is Access.ADMIN:
+        require_admin(request, settings)
+    elif access is Access.UNKNOWN:
+        _require_admin_or_hide(request, settings)
+
+
+def _own_methods(request: Request) -> set[str]:
+    """The methods of the gateway's own endpoint at this path, which this request's method is not among."""
+    return {
+        method
+        for route in request.app.routes
+        if route.matches(request.scope)[0] is Match.PARTIAL
+        for method in route.methods
+    }
+
+
+def _require_admin_or_hide(request: Request, settings: Settings) -> None:
+    try:
+        require_admin(request, settings)
+    except (ForbiddenError, UnauthorizedError) as error:
+        raise NotFoundError(
+            f"There is no endpoint {request.method} {request.scope['path'][:80]}. If the worker has it, use"
+            " an admin key or add the path to `pass_through`"
+        ) from error
+
+
+def _require_only_model(request: Request, here: Gateway) -> None:
+    if len(here.workers) > 1:
+        path = request.scope["path"][:80]
+        raise BadRequestError(
+            f"{request.method} {path} needs a model. Add ?model=NAME with one of: {', '.join(here.workers)}",
+            param=_MODEL,
+        )
+
+
+async def _with_base_model(request: Request, here: Gateway, body: bytes) -> tuple[bytes, Any]:
+    """Return the body with the model's own name instead of an alias, and the name that the body has."""
+    if not body:
+        return body, None
+    if is_json(request):
+        return _json_with_base_model(await here.bodies.parse(body))
+    if not (boundary := boundary_of(request)):
+        return body, None
+    return await here.bodies.run(len(body), lambda: _form_with_base_model(body, boundary))
+
+
+def _json_with_base_model(payload: JsonObject) -> tuple[bytes, Any]:
+    refuse_own_xargs(payload)
+    if FIELD in payload:
+        raise _no_control()
+    asked = payload.get(_MODEL)
+    name, said = split_alias(asked)
+    if said is not None:
+        payload[_MODEL] = name
+    return payload.encode(), asked
+
+
+def _form_with_base_model(body: bytes, boundary: bytes) -> tuple[bytes, Any]:
+    fields = read_fields(body, boundary, (_MODEL, FIELD, XARGS))
+    models = [field for field in fields if field.name == _MODEL]
+    if any(field.name == FIELD for field in fields):
+        raise _no_control()
+    for field in fields:
+        if field.name == XARGS:
+            refuse_own_xargs({XARGS: _json_or_none(field.value)})
+    if len(models) > 1:
+        raise BadRequestError("`model` must occur once in the form", param=_MODEL)
+    if not models:
+        return body, None
+    name, said = split_alias(models[0].value)
+    return (body if said is None else with_value(body, models[0], name)), models[0].value
+
+
+def _json_or_none(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _no_control() -> BadRequestError:
+    return BadRequestError("This endpoint takes no control.", param=FIELD)
