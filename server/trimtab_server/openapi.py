@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,6 +22,20 @@ class ErrorObject(BaseModel):
 
 class ErrorAnswer(BaseModel):
     error: ErrorObject
+
+
+class AnthropicErrorObject(BaseModel):
+    """What went wrong, as in Anthropic's API."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorAnswer(BaseModel):
+    type: Literal["error"]
+    error: AnthropicErrorObject
+    request_id: str | None = None
+    """None in vLLM's own errors."""
 
 
 class LoadControl(BaseModel):
@@ -63,6 +77,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         504: "The worker fell silent.",
     }.items()
 }
+
+ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {**answer, "model": AnthropicErrorAnswer | ErrorAnswer} for status, answer in ERRORS.items()
+}
+"""Errors of `/v1/messages`: Anthropic's shape, and OpenAI's where vLLM refuses the body itself."""
 
 _CONTROL_OBJECT: dict[str, Any] = {
     "type": "object",

@@ -130,7 +130,11 @@ async def model(here: Here, name: str) -> JSONResponse:
 @routes.post(CHAT, openapi_extra=openapi.generating("messages", "a chat"))
 @routes.post("/v1/completions", openapi_extra=openapi.generating("prompt", "a completion"))
 @routes.post("/v1/responses", openapi_extra=openapi.generating("input", "a response"))
-@routes.post("/v1/messages", openapi_extra=openapi.generating("messages", "a message"))
+@routes.post(
+    "/v1/messages",
+    openapi_extra=openapi.generating("messages", "a message"),
+    responses=openapi.ANTHROPIC_ERRORS,
+)
 async def generate(request: Request, here: Here) -> Response:
     """Generate text, under controls where they are asked for."""
     body = await read_whole(request, here)

@@ -44,6 +44,16 @@ def test_the_document_has_every_endpoint_of_the_gateways_own(gateway):
     assert chat["parameters"][0]["name"] == "x-trimtab-control"
 
 
+def test_the_document_has_the_errors_of_messages_in_anthropics_shape(gateway):
+    document = get_json(f"{gateway.url}/openapi.json")
+    answer = document["paths"]["/v1/messages"]["post"]["responses"]["400"]["content"]["application/json"]
+    assert answer["schema"]["anyOf"][0] == {"$ref": "#/components/schemas/AnthropicErrorAnswer"}
+    chat = document["paths"]["/v1/chat/completions"]["post"]["responses"]["400"]["content"][
+        "application/json"
+    ]
+    assert chat["schema"] == {"$ref": "#/components/schemas/ErrorAnswer"}
+
+
 def test_no_operation_has_the_id_of_another(gateway):
     document = get_json(f"{gateway.url}/openapi.json")
     ids = [operation["operationId"] for path in document["paths"].values() for operation in path.values()]
