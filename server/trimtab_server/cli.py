@@ -122,6 +122,14 @@ def map_(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_MOUNTED, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Train a control beside a frozen model, from a recipe."""
+    from trimtab_training.control.cli import app as mapped
+
+    mapped(context.args, prog_name="trimtab train")
+
+
+@app.command(context_settings=_MOUNTED, add_help_option=False)
 def world(context: typer.Context) -> None:
     """Make the small world: models and a control to try everything with."""
     from trimtab_training.cli import app as mapped

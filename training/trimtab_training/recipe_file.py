@@ -33,7 +33,8 @@ def read_recipe(model: type[Recipe], path: Path | None, arguments: Sequence[str]
     Args:
         model: the declaration.
         path: a YAML file; None: all keys are in `arguments`.
-        arguments: `--key value` or `--key=value`, with dots in keys of sections. Values are YAML.
+        arguments: `--key value` or `--key=value`, with dots in keys of sections. Values are YAML;
+            hyphens in keys are underscores.
 
     Raises:
         RecipeError: the file can't be read, or a key or value is wrong.
@@ -69,7 +70,7 @@ def _options(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
         value = text if equals else next(rest, None)
         if value is None:
             raise RecipeError(f"`--{key}` needs a value. Write `--{key} value`")
-        yield key, _parse(key, value)
+        yield key.replace("-", "_"), _parse(key, value)
 
 
 def _parse(key: str, text: str) -> Any:

@@ -1,0 +1,57 @@
+"""A template, data and a recipe that trains in a second."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from trimtab_training.control.recipe import TrainRecipe
+
+QUESTIONS = [
+    (f"What is {word}?", f"It is {word} and more.") for word in ("bada", "cefi", "dogu", "fila", "gomu")
+]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("template") / "template"
+    tokenizer = tiny.byte_level(400)
+    tiny.save(directory, tokenizer, tiny.llama(len(tokenizer), width=64, layers=1), seed=1)
+    return directory
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    rows = [{"instruction": question, "output": answer} for question, answer in QUESTIONS]
+    return write_lines(tmp_path / "data.jsonl", rows)
+
+
+@pytest.fixture
+def make_recipe(template, data, tmp_path) -> Callable[..., TrainRecipe]:
+    """A recipe of small sizes, with other keys in place of its own."""
+
+    def make(**keys: Any) -> TrainRecipe:
+        plain = {
+            "template": {"model_name_or_path": str(template), "dtype": "float32"},
+            "control": {"config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}},
+            "datasets": [{"path": data, "format": "alpaca"}],
+            "output_dir": tmp_path / "out",
+            "learning_rate": 1e-2,
+            "per_device_train_batch_size": 2,
+            "max_steps": 6,
+            "seed": 3,
+            "use_cpu": True,
+        }
+        return TrainRecipe.model_validate(plain | keys)
+
+    return make

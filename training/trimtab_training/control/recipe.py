@@ -1,0 +1,180 @@
+"""The keys of a training recipe. Those that transformers' TrainingArguments has bear the same names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from trimtab_processors.pack import MAX_STRENGTH, ControlName
+from trimtab_training.recipe_file import Section
+
+Format = Literal["messages", "alpaca", "sharegpt", "prompt_completion", "text", "tofu"]
+ObjectiveName = Literal["cross_entropy", "forget", "npo", "retain", "distill"]
+Tracker = Literal["none", "tensorboard", "wandb"]
+Factor = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
+
+_OWN_KEYS = {"bound": "forget", "beta": "npo", "teacher": "distill"}
+
+
+class Architecture(Section):
+    """A fresh Llama. `intermediate_size` is three times `hidden_size` if it is not given."""
+
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt | None = None
+    intermediate_size: PositiveInt | None = None
+    max_position_embeddings: PositiveInt = 2048
+    tie_word_embeddings: bool = True
+    initializer_range: PositiveFloat = 0.02
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Architecture:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                "`hidden_size` must be a multiple of twice `num_attention_heads`"
+                f" ({self.num_attention_heads}),"
+                f" got {self.hidden_size}"
+            )
+        return self
+
+
+class ControlModel(Section):
+    """The model that is trained: a checkpoint, or a fresh one."""
+
+    model_name_or_path: str | None = None
+    revision: str | None = None
+    config: Architecture | None = None
+    tokenizer_name: str | None = None
+    """Whose vocabulary a fresh model has; by default the template's."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ControlModel:
+        if (self.model_name_or_path is None) == (self.config is None):
+            raise ValueError("give either `model_name_or_path` (a checkpoint) or `config` (a fresh model)")
+        return self
+
+
+class TemplateModel(Section):
+    """The frozen model that the control is trained beside."""
+
+    model_name_or_path: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class Teacher(Section):
+    """What `distill` trains towards: the template itself, told something else."""
+
+    system_prompt: str
+
+
+class DataSet(Section):
+    """Records of one format under one objective."""
+
+    path: str | list[str]
+    format: Format
+    columns: dict[str, str] = Field(default_factory=dict)
+    name: str | None = None
+    objective: ObjectiveName = "cross_entropy"
+    weight: PositiveFloat = 1.0
+    per_device_train_batch_size: PositiveInt | None = None
+    bound: PositiveFloat | None = 5.0
+    beta: PositiveFloat = 0.1
+    teacher: Teacher | None = None
+
+    @model_validator(mode="after")
+    def _keys_of_the_objective(self) -> DataSet:
+        for key, objective in _OWN_KEYS.items():
+            if key in self.model_fields_set and self.objective != objective:
+                raise ValueError(f"`{key}` belongs to the objective `{objective}`, not to `{self.objective}`")
+        if self.objective == "distill" and self.teacher is None:
+            raise ValueError("the objective `distill` needs a `teacher`, for instance `{system_prompt: ...}`")
+        return self
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
+
+
+class TrainRecipe(Section):
+    """What `trimtab train` makes a control from."""
+
+    name: ControlName = "control"
+    description: str = ""
+    template: TemplateModel
+    control: ControlModel
+    datasets: list[DataSet] = Field(min_length=1)
+    output_dir: Path
+
+    chat_template: str | None = None
+    """A Jinja template, or a file with one, in place of the tokenizer's own."""
+    max_length: PositiveInt = 1024
+    strength: Factor | tuple[Factor, Factor] = 1.0
+    shift_penalty: NonNegativeFloat = 0.0
+
+    per_device_train_batch_size: PositiveInt = 8
+    gradient_accumulation_steps: PositiveInt = 1
+    learning_rate: PositiveFloat = 5e-5
+    weight_decay: NonNegativeFloat = 0.0
+    adam_beta1: NonNegativeFloat = 0.9
+    adam_beta2: NonNegativeFloat = 0.999
+    adam_epsilon: PositiveFloat = 1e-8
+    max_grad_norm: PositiveFloat = 1.0
+    num_train_epochs: PositiveFloat = 3.0
+    max_steps: int = Field(default=-1, ge=-1)
+    lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: dict[str, float] = Field(default_factory=dict)
+    warmup_ratio: float = Field(default=0.0, ge=0, le=1)
+    warmup_steps: NonNegativeInt = 0
+    bf16: bool = False
+    fp16: bool = False
+    seed: NonNegativeInt = 42
+    use_cpu: bool = False
+
+    logging_steps: PositiveInt = 10
+    save_steps: PositiveInt = 500
+    save_total_limit: PositiveInt | None = None
+    report_to: Tracker | list[Tracker] = "none"
+    run_name: str | None = None
+    resume_from_checkpoint: bool | Path = False
+    overwrite_output_dir: bool = False
+
+    @model_validator(mode="after")
+    def _ranges(self) -> TrainRecipe:
+        low, high = self.strengths
+        if low > high:
+            raise ValueError(f"`strength` must be a number or [lowest, highest], got [{low}, {high}]")
+        if self.bf16 and self.fp16:
+            raise ValueError("`bf16` and `fp16` exclude each other: set one of them to false")
+        return self
+
+    @model_validator(mode="after")
+    def _known_schedule(self) -> TrainRecipe:
+        from transformers.trainer_utils import SchedulerType  # noqa: PLC0415 - slow to import
+
+        kinds = [str(kind.value) for kind in SchedulerType]
+        if self.lr_scheduler_type not in kinds:
+            raise ValueError(
+                f"`lr_scheduler_type` must be one of {', '.join(kinds)}, got {self.lr_scheduler_type!r}"
+            )
+        return self
+
+    @property
+    def strengths(self) -> tuple[float, float]:
+        return self.strength if isinstance(self.strength, tuple) else (self.strength, self.strength)
+
+    @property
+    def trackers(self) -> list[str]:
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        return [name for name in names if name != "none"]
+
+    @property
+    def mixed_precision(self) -> str:
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+
+    def batch_size(self, data_set: DataSet) -> int:
+        """The records of `data_set` in a forward pass of one device."""
+        return data_set.per_device_train_batch_size or self.per_device_train_batch_size
