@@ -2,8 +2,8 @@
 
 Three models of the small world behind one gateway. Two get small controlled requests all the while, first
 alone, then while a process of its own sends the third large ones, several at once: long texts, a hundred
-thousand messages, lists instead of messages, images, texts just short enough to be tokenized, and bodies
-without control. Held: the small requests' p99, `/health`, the memory before and after, and that no worker
+thousand messages, lists instead of messages, images, texts short enough to be tokenized, and bodies without
+control. Held: the small requests' p99, `/health`, the memory before and after, and that no worker
 is restarted.
 """
 
@@ -36,8 +36,8 @@ SETTLE_SECONDS = 3
 HEALTH_SECONDS = 0.02
 PAUSE_SECONDS = 0.05
 """Between two small requests of a model."""
-JUST_SHORT_ENOUGH = 250_000
-"""Bytes of a text that is tokenized."""
+SHORT_ENOUGH = 2000
+"""Bytes of a text that is tokenized: more would exceed the context of the small world's models."""
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 Case = tuple[str, bytes]
@@ -199,7 +199,7 @@ KINDS: dict[str, Callable[[int], Case]] = {
         + "A" * size
         + '"}}]'
     ),
-    "just short enough": lambda _: _chat(_text(JUST_SHORT_ENOUGH)),
+    "short enough": lambda _: _chat(_text(SHORT_ENOUGH)),
     "no control": lambda size: (
         COMPLETIONS,
         json.dumps(
