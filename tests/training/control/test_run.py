@@ -292,3 +292,21 @@ def test_two_processes_train_as_one_with_twice_the_batch(make_recipe, tmp_path):
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "out"))
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], atol=1e-3, rtol=1e-2, msg=name)
+
+
+@pytest.mark.parametrize("keys", [{"cache": "exact"}, {"cache": "top_k", "top_k": 390}])
+def test_a_run_with_a_cache_is_the_one_without(make_recipe, template, tmp_path, keys):
+    """Or nearly, if all but the tail is kept. A second run computes nothing."""
+    expected, _ = train(make_recipe(output_dir=tmp_path / "without"))
+    cached = {
+        "model_name_or_path": str(template),
+        "dtype": "float32",
+        "cache_dir": str(tmp_path / "cache"),
+    } | keys
+    losses, shown = train(make_recipe(output_dir=tmp_path / "first", template=cached))
+    assert losses == pytest.approx(expected, rel=1e-5 if keys["cache"] == "exact" else 1e-2)
+    assert "1 shards computed" in shown
+    assert ("of the probability kept exactly" in shown) == (keys["cache"] == "top_k")
+    again, shown = train(make_recipe(output_dir=tmp_path / "second", template=cached))
+    assert again == losses
+    assert "0 shards computed" in shown

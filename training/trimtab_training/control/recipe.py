@@ -63,6 +63,9 @@ class TemplateModel(Section):
     model_name_or_path: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    cache: Literal["none", "exact", "top_k"] = "none"
+    top_k: PositiveInt = 256
+    cache_dir: Path = Path("~/.cache/trimtab/template")
 
 
 class Teacher(Section):

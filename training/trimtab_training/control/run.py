@@ -6,7 +6,8 @@ import hashlib
 import json
 import shutil
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
@@ -15,22 +16,27 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 from rich.console import Console
+from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab_training.control import models
 from trimtab_training.control.data import Data, prepare_data
-from trimtab_training.control.examples import ExampleEncoder, marked_text
+from trimtab_training.control.examples import ExampleEncoder, View, marked_text
 from trimtab_training.control.log import RunLog, require_trackers
 from trimtab_training.control.pack_writer import RECIPE_FILE, training_facts, write_pack
 from trimtab_training.control.recipe import TrainRecipe
-from trimtab_training.control.reference import LiveTemplate
-from trimtab_training.control.trainer import Step, Trainer, TrainingError, checkpoints
+from trimtab_training.control.reference import LiveTemplate, Reference
+from trimtab_training.control.template_cache import CachedTemplate, model_fingerprint
+from trimtab_training.control.trainer import Step, Trainer, TrainingError, checkpoints, views_of
 
 _IRRELEVANT = {
     *("output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "run_name", "use_cpu"),
     *("resume_from_checkpoint", "overwrite_output_dir", "name", "description"),
 }
 """Keys that may differ between a run and the one that goes on from its checkpoint."""
+
+
+_CACHE_PLACE: dict[str, Any] = {"template": {"cache_dir"}}
 
 
 class InterruptedRunError(RuntimeError):
@@ -84,8 +90,7 @@ def train(recipe: TrainRecipe, command: str, console: Console) -> list[float]:
     tokenizer = _tokenizer(recipe)
     data = prepare_data(recipe, ExampleEncoder(tokenizer, recipe.max_length))
     _tell_data(data, tokenizer, quiet)
-    loaded = _load_models(recipe, tokenizer)
-    trainer = _trainer(recipe, accelerator, loaded, data)
+    trainer = _trainer(recipe, accelerator, _load_models(recipe, tokenizer), data, quiet)
     log = RunLog(recipe, accelerator, trainer.total_steps, quiet)
     identity = run_identity(recipe, data)
     _resume(recipe, trainer, identity)
@@ -125,17 +130,52 @@ def _load_models(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Mod
     return Models(template, control, tokenizer)
 
 
-def _trainer(recipe: TrainRecipe, accelerator: Accelerator, loaded: Models, data: Data) -> Trainer:
+def _trainer(
+    recipe: TrainRecipe, accelerator: Accelerator, loaded: Models, data: Data, console: Console
+) -> Trainer:
     pad_id, logits = models.pad_token(loaded.tokenizer), loaded.logits
+    fingerprint = "" if recipe.template.cache == "none" else model_fingerprint(loaded.template)
     template = loaded.template.to(accelerator.device)
+    live = LiveTemplate(template, pad_id, accelerator.device, logits)
+    reference: Reference = live
+    if recipe.template.cache != "none":
+        cache = CachedTemplate(
+            recipe.template.cache_dir.expanduser(),
+            fingerprint=fingerprint,
+            vocabulary=logits,
+            top_k=recipe.template.top_k if recipe.template.cache == "top_k" else None,
+            device=accelerator.device,
+        )
+        with accelerator.main_process_first():
+            _fill(cache, live, views_of(data.sets), console)
+        reference = cache
     return Trainer(
         accelerator,
         loaded.control,
-        LiveTemplate(template, pad_id, accelerator.device, logits),
+        reference,
         data.sets,
         recipe,
         pad_id=pad_id,
         vocabulary=logits,
+    )
+
+
+def _fill(cache: CachedTemplate, live: LiveTemplate, views: Sequence[View], console: Console) -> None:
+    """Compute what the cache lacks, and say what it holds."""
+    start = time.monotonic()
+    with Progress(console=console) as progress:
+        bar = progress.add_task("template")
+
+        def show(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        computed = cache.fill(live, views, show)
+    held = f"{cache.file_bytes / 1e6:.1f} MB"
+    kept = f", {cache.kept_mass:.4%} of the probability kept exactly" if cache.kept_mass is not None else ""
+    console.print(
+        f"The template's log-probabilities: {held} on disk{kept}; {computed} shards computed in"
+        f" {time.monotonic() - start:.1f} s",
+        highlight=False,
     )
 
 
@@ -170,7 +210,7 @@ def _write_recipe(recipe: TrainRecipe) -> None:
 
 def run_identity(recipe: TrainRecipe, data: Data) -> str:
     """sha256 over all that decides how a run goes."""
-    keys = recipe.model_dump(mode="json", exclude=_IRRELEVANT)
+    keys = recipe.model_dump(mode="json", exclude=dict.fromkeys(_IRRELEVANT, True) | _CACHE_PLACE)
     facts = [asdict(each) for each in data.facts]
     return hashlib.sha256(json.dumps([keys, facts], sort_keys=True).encode()).hexdigest()
 
