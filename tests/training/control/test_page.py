@@ -26,6 +26,7 @@ def test_its_recipe_becomes_a_pack(tmp_path, template, monkeypatch):
         (tmp_path / data_set["path"]).write_text(row, encoding="utf-8")
     (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
     options = ["--template.model_name_or_path", str(template), "--max_steps", "2", "--use_cpu", "true"]
+    options += ["--template.cache_dir", str(tmp_path / "cache")]
     result = CliRunner().invoke(app, ["train", "recipe.yaml", *options])
     assert result.exit_code == 0, result.output
     assert load_pack("packs/discreet").training["steps"] == 2

@@ -310,3 +310,22 @@ def test_a_run_with_a_cache_is_the_one_without(make_recipe, template, tmp_path, 
     again, shown = train(make_recipe(output_dir=tmp_path / "second", template=cached))
     assert again == losses
     assert "0 shards computed" in shown
+
+
+def test_a_run_generates_the_answers_that_it_retains(make_recipe, template, data, tmp_path):
+    """Once: the next run reads them."""
+    own = {"model_name_or_path": str(template), "dtype": "float32", "cache_dir": str(tmp_path / "cache")}
+    given = {
+        "path": data,
+        "format": "alpaca",
+        "objective": "retain",
+        "answers": "generate",
+        "max_new_tokens": 4,
+    }
+    losses, shown = train(make_recipe(template=own, datasets=[given], output_dir=tmp_path / "first"))
+    assert "data: retain, 5 records, 20 answer tokens" in shown
+    (kept,) = (tmp_path / "cache").iterdir()
+    before = kept.stat().st_mtime_ns
+    again, _ = train(make_recipe(template=own, datasets=[given], output_dir=tmp_path / "second"))
+    assert again == losses
+    assert kept.stat().st_mtime_ns == before

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimtab_training.control.examples import Example, ExampleEncoder, View
+from trimtab_training.control.examples import Example, ExampleEncoder, View, answered
 from trimtab_training.control.formats import DataError, Record, local_file, read_records
+from trimtab_training.control.generate import Generate, Prompt
 from trimtab_training.control.objectives import make_objective
 from trimtab_training.control.recipe import DataSet, TrainRecipe
 from trimtab_training.control.trainer import TrainingSet
@@ -40,18 +41,55 @@ class Data:
     facts: tuple[DataFacts, ...]
 
 
-def prepare_data(recipe: TrainRecipe, encoder: ExampleEncoder) -> Data:
+@dataclass(frozen=True)
+class Reading:
+    """A data set as it was read: its examples, or its questions if their answers are to be generated."""
+
+    data_set: DataSet
+    name: str
+    records: int
+    examples: tuple[Example, ...]
+    questions: tuple[Question, ...]
+    shortened: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the control reads before an answer, and what the template answers to: often the same."""
+
+    prompt: Prompt
+    answered: Prompt
+
+
+def read_data(recipe: TrainRecipe, encoder: ExampleEncoder) -> list[Reading]:
     """Read and encode all data sets.
 
     Raises:
         DataError: something in one can't be trained on.
     """
     names = _names(recipe.datasets)
-    prepared = [
-        _prepare(recipe, data_set, name, encoder)
-        for data_set, name in zip(recipe.datasets, names, strict=True)
-    ]
-    return Data(tuple(made for made, _ in prepared), tuple(facts for _, facts in prepared))
+    return [_read(data_set, name, encoder) for data_set, name in zip(recipe.datasets, names, strict=True)]
+
+
+def _read(data_set: DataSet, name: str, encoder: ExampleEncoder) -> Reading:
+    records, before = read_records(data_set), encoder.shortened
+    examples: list[Example] = []
+    questions: list[Question] = []
+    for record in records:
+        if data_set.answers == "generate":
+            questions.append(_question(record, data_set, encoder))
+        else:
+            examples += _examples(record, data_set, encoder)
+    cut = encoder.shortened - before
+    return Reading(data_set, name, len(records), tuple(examples), tuple(questions), cut)
+
+
+def complete_data(
+    recipe: TrainRecipe, readings: Sequence[Reading], encoder: ExampleEncoder, generate: Generate
+) -> Data:
+    """Generate the answers that are missing."""
+    completed = [_completed(recipe, reading, encoder, generate) for reading in readings]
+    return Data(tuple(made for made, _ in completed), tuple(facts for _, facts in completed))
 
 
 def _names(data_sets: Sequence[DataSet]) -> list[str]:
@@ -64,24 +102,45 @@ def _names(data_sets: Sequence[DataSet]) -> list[str]:
     return names
 
 
-def _prepare(
-    recipe: TrainRecipe, data_set: DataSet, name: str, encoder: ExampleEncoder
+def _completed(
+    recipe: TrainRecipe, reading: Reading, encoder: ExampleEncoder, generate: Generate
 ) -> tuple[TrainingSet, DataFacts]:
-    records = read_records(data_set)
-    before = encoder.shortened
-    examples = [example for record in records for example in _examples(record, data_set, encoder)]
+    data_set, examples = reading.data_set, reading.examples
+    if reading.questions:
+        asked = [question.answered for question in reading.questions]
+        answers = generate(asked, data_set.max_new_tokens)
+        examples = tuple(
+            _generated(question, answer, data_set, encoder)
+            for question, answer in zip(reading.questions, answers, strict=True)
+        )
+    objective = make_objective(data_set)
     return (
-        TrainingSet(name, examples, make_objective(data_set), data_set.weight, recipe.batch_size(data_set)),
+        TrainingSet(reading.name, examples, objective, data_set.weight, recipe.batch_size(data_set)),
         DataFacts(
-            name=name,
+            name=reading.name,
             objective=data_set.objective,
             weight=data_set.weight,
             sha256={path: file_hash(local_file(path)) for path in data_set.paths},
-            records=len(records),
+            records=reading.records,
             answer_tokens=sum(len(example.view.positions) for example in examples),
-            shortened=encoder.shortened - before,
+            shortened=reading.shortened,
         ),
     )
+
+
+def _question(record: Record, data_set: DataSet, encoder: ExampleEncoder) -> Question:
+    prompt = encoder.question(record)
+    told = data_set.teacher.system_prompt if data_set.teacher else None
+    return Question(prompt, prompt if told is None else encoder.question(record, told))
+
+
+def _generated(
+    question: Question, answer: Sequence[int], data_set: DataSet, encoder: ExampleEncoder
+) -> Example:
+    """An example of the template's own answer, of equal length for the control and for a teacher."""
+    kept = answer[: encoder.room(max(len(question.prompt), len(question.answered)))]
+    view = answered(question.prompt, kept)
+    return Example(view, answered(question.answered, kept) if data_set.teacher else None)
 
 
 def _examples(record: Record, data_set: DataSet, encoder: ExampleEncoder) -> list[Example]:

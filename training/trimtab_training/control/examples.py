@@ -91,16 +91,20 @@ class ExampleEncoder:
         messages = _with_system(record.messages, system_prompt)
         return [self._view(record, pieces, (), ends=ends) for pieces, ends in self._pieces(record, messages)]
 
-    def prompt(self, record: Record) -> tuple[int, ...]:
-        """The tokens before the last answer."""
-        return self._prompt_of(self.views(record)[-1])
+    def question(self, record: Record, system_prompt: str | None = None) -> tuple[int, ...]:
+        """The prompt of a conversation without its answer; `system_prompt` as in `views`.
 
-    @staticmethod
-    def _prompt_of(view: View) -> tuple[int, ...]:
-        last = len(view.positions) - 1
-        while last and view.positions[last - 1] == view.positions[last] - 1:
-            last -= 1
-        return view.ids[: view.positions[last]]
+        Raises:
+            DataError: the chat template is missing or fails, or the prompt is too long.
+        """
+        text = self._render(record, _with_system(record.messages or (), system_prompt), prompt=True)
+        ids = tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
+        self._require_room(record, len(ids))
+        return ids
+
+    def room(self, prompt: int) -> int:
+        """The maximum length of an answer behind a prompt of that length."""
+        return self._max_length - prompt
 
     def _pieces(
         self, record: Record, messages: Sequence[Message]
@@ -208,6 +212,19 @@ class ExampleEncoder:
         self.shortened += 1
         kept = tuple(position for position in view.positions if position < self._max_length)
         return View(view.ids[: self._max_length], kept)
+
+    def _require_room(self, record: Record, prompt: int) -> None:
+        if prompt >= self._max_length:
+            raise DataError(
+                f"{record.place}: its prompt has {prompt} tokens, and `max_length` is"
+                f" {self._max_length}, which"
+                " leaves none for an answer. Raise `max_length` or shorten the prompt"
+            )
+
+
+def answered(prompt: Sequence[int], answer: Sequence[int]) -> View:
+    """The view of an answer in tokens."""
+    return View((*prompt, *answer), tuple(range(len(prompt), len(prompt) + len(answer))))
 
 
 def marked_text(view: View, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -58,7 +58,8 @@ def read_records(data_set: DataSet) -> list[Record]:
     for path in data_set.paths:
         rows = read_rows(local_file(path))
         for number, row in enumerate(rows, 1):
-            records.append(_record(Row(f"{path}, record {number}", row, columns), data_set.format))
+            place = Row(f"{path}, record {number}", row, columns, answered=data_set.answers == "given")
+            records.append(_record(place, data_set.format))
     if not records:
         raise DataError(f"{', '.join(data_set.paths)}: the data set is empty. It needs at least one record")
     return records
@@ -127,11 +128,15 @@ def _columns(data_set: DataSet) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Row:
-    """What a file holds of a record, under the format's own names for its columns."""
+    """What a file holds of a record, under the format's own names for its columns.
+
+    answered: whether its answers are read; else its last one is to be generated.
+    """
 
     place: str
     values: Mapping[str, Any]
     columns: Mapping[str, str]
+    answered: bool = True
 
     def text(self, column: str) -> str:
         """A text that has to be there.
@@ -175,6 +180,8 @@ def _record(row: Row, format_: str) -> Record:
         case "text":
             return Record(row.place, None, "", row.text("text"))
     messages = tuple(_messages(row, format_))
+    if not row.answered:
+        return Record(row.place, _question(row, messages))
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{row.place}: no turn of the assistant, so there is no answer to learn")
     return Record(row.place, messages)
@@ -191,10 +198,23 @@ def _messages(row: Row, format_: str) -> Iterator[Message]:
             yield from _system(row)
             asked: Sequence[str] = [row.text("instruction"), row.optional("input")]
             yield {"role": "user", "content": "\n".join(part for part in asked if part)}
-            yield {"role": "assistant", "content": row.text("output")}
+            yield from _answer(row, "output")
         case "tofu":
             yield {"role": "user", "content": row.text("question")}
-            yield {"role": "assistant", "content": row.text("answer")}
+            yield from _answer(row, "answer")
+
+
+def _answer(row: Row, column: str) -> Iterator[Message]:
+    if row.answered:
+        yield {"role": "assistant", "content": row.text(column)}
+
+
+def _question(row: Row, messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The conversation up to its last turn of the user."""
+    users = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    if not users:
+        raise DataError(f"{row.place}: no turn of the user, so there is no question to answer")
+    return tuple(messages[: users[-1] + 1])
 
 
 def _system(row: Row) -> Iterator[Message]:

@@ -87,6 +87,16 @@ class DataSet(Section):
     bound: PositiveFloat | None = 5.0
     beta: PositiveFloat = 0.1
     teacher: Teacher | None = None
+    answers: Literal["given", "generate"] = "given"
+    max_new_tokens: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _keys_of_generation(self) -> DataSet:
+        if self.answers == "generate" and self.format in ("text", "prompt_completion"):
+            raise ValueError(f"`answers: generate` needs a format with conversations, got `{self.format}`")
+        if "max_new_tokens" in self.model_fields_set and self.answers == "given":
+            raise ValueError("`max_new_tokens` belongs to `answers: generate`")
+        return self
 
     @model_validator(mode="after")
     def _keys_of_the_objective(self) -> DataSet:

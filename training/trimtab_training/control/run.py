@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from types import FrameType
 from typing import Any
 
 import yaml
@@ -20,12 +17,14 @@ from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab_training.control import models
-from trimtab_training.control.data import Data, prepare_data
+from trimtab_training.control.data import Data, complete_data, read_data
 from trimtab_training.control.examples import ExampleEncoder, View, marked_text
+from trimtab_training.control.generate import Generate, Prompt, greedy_answers, kept_answers
 from trimtab_training.control.log import RunLog, require_trackers
 from trimtab_training.control.pack_writer import RECIPE_FILE, training_facts, write_pack
 from trimtab_training.control.recipe import TrainRecipe
 from trimtab_training.control.reference import LiveTemplate, Reference
+from trimtab_training.control.signals import collected_signals
 from trimtab_training.control.template_cache import CachedTemplate, model_fingerprint
 from trimtab_training.control.trainer import Step, Trainer, TrainingError, checkpoints, views_of
 
@@ -54,6 +53,8 @@ class Models:
     template: PreTrainedModel
     control: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    """The template's, if something of it is kept on disk."""
 
     @property
     def logits(self) -> int:
@@ -88,9 +89,14 @@ def train(recipe: TrainRecipe, command: str, console: Console) -> list[float]:
     accelerator.wait_for_everyone()
     quiet = console if accelerator.is_main_process else Console(quiet=True)
     tokenizer = _tokenizer(recipe)
-    data = prepare_data(recipe, ExampleEncoder(tokenizer, recipe.max_length))
+    encoder = ExampleEncoder(tokenizer, recipe.max_length)
+    readings = read_data(recipe, encoder)
+    loaded = _load_models(recipe, tokenizer, accelerator)
+    with accelerator.main_process_first():
+        data = complete_data(recipe, readings, encoder, _generation(recipe, loaded))
     _tell_data(data, tokenizer, quiet)
-    trainer = _trainer(recipe, accelerator, _load_models(recipe, tokenizer), data, quiet)
+    trainer = _trainer(recipe, accelerator, loaded, data, quiet)
+    del loaded  # with a cache, the template leaves the memory
     log = RunLog(recipe, accelerator, trainer.total_steps, quiet)
     identity = run_identity(recipe, data)
     _resume(recipe, trainer, identity)
@@ -124,24 +130,39 @@ def _tokenizer(recipe: TrainRecipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_models(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Models:
+def _load_models(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Models:
     template = models.load_template(recipe.template)
     control = models.make_control(recipe.control, tokenizer, models.logits_of(template), recipe.seed)
-    return Models(template, control, tokenizer)
+    fingerprint = model_fingerprint(template) if _keeps_something(recipe) else ""
+    return Models(template.to(accelerator.device), control, tokenizer, fingerprint)
+
+
+def _keeps_something(recipe: TrainRecipe) -> bool:
+    """Whether something of the template is kept on disk."""
+    generates = any(data_set.answers == "generate" for data_set in recipe.datasets)
+    return generates or recipe.template.cache != "none"
+
+
+def _generation(recipe: TrainRecipe, loaded: Models) -> Generate:
+    """Greedy generation by the template, whose answers are kept on disk."""
+
+    def generate(prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
+        pad_id = models.pad_token(loaded.tokenizer)
+        return greedy_answers(loaded.template, prompts, max_new_tokens, pad_id)
+
+    return kept_answers(recipe.template.cache_dir.expanduser(), loaded.fingerprint, generate)
 
 
 def _trainer(
     recipe: TrainRecipe, accelerator: Accelerator, loaded: Models, data: Data, console: Console
 ) -> Trainer:
     pad_id, logits = models.pad_token(loaded.tokenizer), loaded.logits
-    fingerprint = "" if recipe.template.cache == "none" else model_fingerprint(loaded.template)
-    template = loaded.template.to(accelerator.device)
-    live = LiveTemplate(template, pad_id, accelerator.device, logits)
+    live = LiveTemplate(loaded.template, pad_id, accelerator.device, logits)
     reference: Reference = live
     if recipe.template.cache != "none":
         cache = CachedTemplate(
             recipe.template.cache_dir.expanduser(),
-            fingerprint=fingerprint,
+            fingerprint=loaded.fingerprint,
             vocabulary=logits,
             top_k=recipe.template.top_k if recipe.template.cache == "top_k" else None,
             device=accelerator.device,
@@ -241,7 +262,7 @@ def _loop(
     recipe: TrainRecipe, trainer: Trainer, log: RunLog, accelerator: Accelerator, identity: str
 ) -> None:
     """Run the steps, with checkpoints between them and one at a signal."""
-    with _signals() as received:
+    with collected_signals() as received:
 
         def on_step(step: Step) -> bool:
             if accelerator.is_main_process:
@@ -257,22 +278,3 @@ def _loop(
             f"Stopped after step {trainer.done} of {trainer.total_steps}. To go on, repeat the command with"
             " `--resume_from_checkpoint true`",
         )
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect the signals that ask for an end while the block runs; a second one has its usual effect."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for installed, handler in previous.items():
-            signal.signal(installed, handler)
