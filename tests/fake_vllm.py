@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -24,6 +25,9 @@ NAME = web.AppKey("name", str)
 CONTROLS = web.AppKey("controls", dict)
 ADMIN_KEY = web.AppKey("admin_key", str)
 MAPPING = {"strategy": "pm-mined", "exact": 7, "longest_target_token": 9}
+INSTANCE = web.AppKey("instance", str)
+ENGINE = web.AppKey("engine", dict)
+"""`state` is "answers", "computes" or "hangs"."""
 METRICS = """\
 # HELP vllm:prompt_tokens_total Number of prefill tokens processed.
 # TYPE vllm:prompt_tokens_total counter
@@ -52,8 +56,11 @@ def make_app(
         app.router.add_post("/v1/load_control", load_control)
         app.router.add_post("/v1/unload_control", unload_control)
     app[ADMIN_KEY] = admin_key
+    app[INSTANCE] = secrets.token_hex(8)
+    app[ENGINE] = {"state": "answers"}
     app[SEEN] = {"requests": [], "aborted": 0, "changes": []}
     app.router.add_get("/health", health)
+    app.router.add_get("/health/engine", engine_health)
     app.router.add_get("/v1/models", models)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/fake/seen", seen)
@@ -68,6 +75,12 @@ def make_app(
 
 async def health(_: web.Request) -> web.Response:
     return web.Response()
+
+
+async def engine_health(request: web.Request) -> web.Response:
+    state = request.app[ENGINE]["state"]
+    cpu_seconds = time.monotonic() if state == "computes" else 7
+    return web.json_response({"answers": state == "answers", "cpu_seconds": cpu_seconds})
 
 
 async def models(request: web.Request) -> web.Response:
@@ -87,7 +100,7 @@ async def list_controls(request: web.Request) -> web.Response:
         }
         for name, root in request.app[CONTROLS].items()
     ]
-    return web.json_response({"object": "list", "data": data})
+    return web.json_response({"object": "list", "data": data, "instance": request.app[INSTANCE]})
 
 
 async def load_control(request: web.Request) -> web.Response:
@@ -158,6 +171,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
     payload = await request.json()
     request.app[SEEN]["requests"].append({"headers": dict(request.headers), "body": payload})
     orders = payload.get("fake", {})
+    request.app[ENGINE]["state"] = orders.get("engine", request.app[ENGINE]["state"])
     try:
         await asyncio.sleep(orders.get("delay", 0))
         if orders.get("die") == "before":
@@ -247,7 +261,9 @@ def main() -> None:
     controls = None if plugin is None else plugin.get("controls", {})
     admin_key = os.environ.get("TRIMTAB_ADMIN_KEYS", "")
     app = make_app(known.served_model_name, controls, known.api_key, admin_key)
-    place = {"path": known.uds} if known.uds else {"host": "127.0.0.1", "port": known.port}
+    place = (
+        {"path": known.uds} if known.uds else {"host": "127.0.0.1", "port": known.port, "reuse_port": True}
+    )
     web.run_app(app, **place, print=None, handler_cancellation=True)
 
 

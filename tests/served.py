@@ -163,8 +163,15 @@ def paused(seconds: float, tokens: int = 3) -> dict:
 class Remote:
     """A worker that nobody but the test starts and ends, always on the same port."""
 
-    def __init__(self, name: str = "m", controls: Iterable[str] = (), key: str | None = None) -> None:
-        self.port = free_port()
+    def __init__(
+        self,
+        name: str = "m",
+        controls: Iterable[str] = (),
+        key: str | None = None,
+        port: int | None = None,
+    ) -> None:
+        """Several on one `port` share its connections."""
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         told = {"trimtab": {"controls": dict.fromkeys(controls, "")}} if controls else {}
         self._command = [

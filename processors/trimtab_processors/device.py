@@ -172,7 +172,7 @@ class DeviceControl:
         self._computed = torch.zeros(slots, dtype=torch.int64, device=target.device)
         """Keys and values of so many tokens stand in the blocks, where those are not `empty`."""
         self._pending = np.zeros(slots, dtype=np.int64)
-        """At least by how much each context has grown since it was computed."""
+        """Upper bound on the growth of each context since it was computed."""
         self._strengths = torch.zeros(slots, dtype=torch.float32, device=target.device)
         self._top_k, self._top_ks = np.zeros(slots, dtype=np.int64), torch.zeros_like(self._computed)
         """How many of the target's likeliest tokens are shifted, on the host and on the device; 0: all."""
@@ -263,7 +263,7 @@ class DeviceControl:
         )
 
     def _shape(self, slot: int, extra: int) -> tuple[int, int]:
-        """At least how many new tokens `slot` has, and how many blocks its context."""
+        """Return upper bounds on the number of new tokens of `slot`, and of blocks of its context."""
         length = max(int(self.contexts.bound[slot]), 1)
         new = length if self.blocks.empty[slot] else max(int(self._pending[slot]), 1)
         window = self.control.max_context

@@ -82,11 +82,14 @@ _changing = asyncio.Lock()
 
 @_router.get("/v1/controls")
 async def list_controls(request: Request) -> dict[str, Any]:
-    """The controls that this server's engine has, and requests may name."""
+    """Return the controls that this server's engine has, and requests may name.
+
+    `instance` changes with every start of the engine; all API servers of one engine say the same.
+    """
     first, *_ = await _engine(request).collective_rpc("trimtab_describe")
     known = known_controls()
-    data = [control for control in first if known is None or control["id"] in known]
-    return {"object": "list", "data": data}
+    data = [control for control in first["controls"] if known is None or control["id"] in known]
+    return {"object": "list", "data": data, "instance": first["instance"]}
 
 
 @_router.post("/v1/load_control", dependencies=[_Admin])

@@ -170,13 +170,13 @@ class Contexts:
         self.length = torch.zeros(slots, dtype=torch.int64, device=self._device)
         self._seen = torch.zeros(slots, dtype=torch.int64, device=self._device)
         self.bound = np.zeros(slots, dtype=np.int64)
-        """At least the length of each context."""
+        """Upper bound on each context's length."""
         self._arriving = np.zeros(slots, dtype=np.int64)
-        """At least how many tokens of the history have yet to be taken in."""
+        """Upper bound on the number of tokens of the history that have yet to be taken in."""
         self._keeps_first = np.zeros(slots, dtype=np.bool_)
         self._late = Late(self.length)
         self._grown = np.full((LAG, slots), _UNKNOWN)
-        """At least how much each context has grown since each of the late copies was begun."""
+        """Upper bound on the growth of each context since each of the late copies was begun."""
 
     def refresh(self) -> None:
         """Once a step: learn the lengths of `LAG` steps ago, which the bounds can't be far above then."""
@@ -235,7 +235,7 @@ class Contexts:
         """Take in what came to `slots`; `places` are the same on the device.
 
         Returns:
-            int64 [slots]: at least how many tokens each context has grown by.
+            int64 [slots]: upper bound on the tokens that each context has grown by.
         """
         growth: NDArray[np.int64] = self._arriving[slots] * self._segments.longest
         if count := int(self._arriving[slots].max(initial=0)):

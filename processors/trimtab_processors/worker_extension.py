@@ -8,6 +8,7 @@ there: a control is loaded in a thread beside the engine's.
 from __future__ import annotations
 
 import logging
+import secrets
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from trimtab_processors.control import Control
 
 logger = logging.getLogger(__name__)
+
+_INSTANCE = secrets.token_hex(8)
 
 
 class Runtime(Protocol):
@@ -108,9 +111,10 @@ class ControlWorker:
         desk.runtime.unload(name)
         logger.info("trimtab: the control %r is unloaded", name)
 
-    def trimtab_describe(self) -> list[dict[str, Any]]:
-        """The controls that requests may name."""
-        return [control.describe() for control in _here().runtime.controls]
+    def trimtab_describe(self) -> dict[str, Any]:
+        """Return the controls that requests may name, and an id that changes with every start."""
+        controls = [control.describe() for control in _here().runtime.controls]
+        return {"instance": _INSTANCE, "controls": controls}
 
 
 def _here() -> _Desk:

@@ -37,6 +37,8 @@ _ENDPOINTS = (
     *("--worker-extension-cls", "trimtab_processors.worker_extension.ControlWorker"),
 )
 """What lists the worker's controls, and loads and unloads them."""
+_LIVENESS = ("--middleware", "trimtab_processors.liveness.EngineHealth")
+"""What tells an engine that hangs from one that is busy."""
 _DEFAULT_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 PRIVATE_VLLM_KEY = "VLLM_API_KEY"
 _PRIVATE_PREFIX = "TRIMTAB_"
@@ -56,6 +58,8 @@ def worker_command(settings: Settings, name: str, replica: Replica, socket: Path
     command += ["--model", str(model.model), "--served-model-name", name, "--uds", str(socket)]
     if processors:
         command += ["--logits-processors", *processors]
+    if controlled or model.command is None:  # another program may have no plugin
+        command += _LIVENESS
     if controlled:
         told = {"controls": controls, "tables": settings.tables} | ({"control_roots": roots} if roots else {})
         plugin = model.plugin.model_copy(update=told)

@@ -68,8 +68,8 @@ class Metrics:
         )
         self.restarts = Counter(
             "trimtab_gateway_worker_restarts",
-            "Restarts of a worker that had ended by itself.",
-            by_worker,
+            "Restarts of a worker, by what went before: it had ended, had not become ready, or hung.",
+            (*by_worker, "cause"),
             registry=self.registry,
         )
 

@@ -128,6 +128,9 @@ class WorkerProcess:
 
     async def end(self) -> None:
         """End all its processes, gently at first, and take in what they still print."""
+        with contextlib.suppress(ProcessLookupError):
+            # A launcher that is stopped could end nothing. The others it kills, stopped or not.
+            self._process.send_signal(signal.SIGCONT)
         if self._lifeline is not None:
             os.close(self._lifeline)
             self._lifeline = None

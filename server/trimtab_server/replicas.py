@@ -1,42 +1,31 @@
-"""The workers of a model: vLLM servers, started here or standing elsewhere, and how each does."""
+"""What the gateway knows of each worker: a vLLM server, started here (`local`) or elsewhere (`remote`)."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import secrets
-import shutil
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
-from trimtab_server.command import worker_command, worker_environment
 from trimtab_server.errors import ApiError, WorkerUnavailableError
+from trimtab_server.liveness import HEALTH
 from trimtab_server.metrics import Metrics
-from trimtab_server.process import Output, WorkerProcess
-from trimtab_server.prompt_bound import CONTROLS, MODELS, prompt_bytes
-from trimtab_server.settings import ADMIN_KEYS_VARIABLE, Settings
-from trimtab_server.upstream import Answer, Call, Elsewhere, Here, Upstream
+from trimtab_server.prompt_bound import prompt_bytes
+from trimtab_server.upstream import Answer, Call, Upstream
 
 logger = logging.getLogger(__name__)
 
-HEALTH = "/health"
-_POLL_SECONDS = 0.25
-"""Between two questions whether a worker that starts here answers yet."""
 _RETRY_SECONDS = 1
 """Between two questions whether one that did not answer does."""
 _PROBE_SECONDS = 3
 """Between two questions whether one that did still does."""
 _FAILED_PROBES = 3
 """So many in a row, and a worker gets no more requests; one that refuses a connection gets none at once."""
-_PROGRESS_SECONDS = 10
 
 OnReady = Callable[[Upstream], Awaitable[None]]
 """What is to be done at a server that answers before requests may reach it: whenever it has started, or has
@@ -55,6 +44,17 @@ class State(StrEnum):
     """It answers, but can't serve what the configuration says."""
     FAILED = "failed"
     STOPPED = "stopped"
+
+
+class Cause(StrEnum):
+    """Why a worker is started again, as metrics have it."""
+
+    ENDED = "ended"
+    """It ended by itself."""
+    STARTUP = "startup"
+    """It did not become ready."""
+    UNRESPONSIVE = "unresponsive"
+    """It hung."""
 
 
 class UnreadyError(Exception):
@@ -106,7 +106,7 @@ class Worker(ABC):
         self._on_ready = on_ready
         self._doubted = asyncio.Event()
         labels = (identity.model, identity.replica)
-        self._restarted = metrics.restarts.labels(*labels)
+        self._restarted = {cause: metrics.restarts.labels(*labels, cause) for cause in Cause}
         metrics.outstanding.labels(*labels).set_function(lambda: self.outstanding)
 
     async def send(self, call: Call, request_id: str) -> Answer:
@@ -212,189 +212,3 @@ class Worker(ABC):
 
     def _ended(self) -> None:
         self.outstanding -= 1
-
-
-class LocalWorker(Worker):
-    """A worker that is started here, and again when it ends."""
-
-    def __init__(
-        self,
-        identity: WorkerId,
-        settings: Settings,
-        directory: Path,
-        output: Output,
-        *,
-        metrics: Metrics,
-        on_ready: OnReady,
-    ) -> None:
-        self._socket = directory / "http"
-        self._admin_key = secrets.token_urlsafe()
-        upstream = Upstream(identity.model, Here(self._socket, self._admin_key), settings.timeouts)
-        super().__init__(identity, upstream, metrics=metrics, on_ready=on_ready)
-        self._settings = settings
-        self._directory = directory
-        self._output = output
-
-    async def run(self) -> None:
-        """Keep it running until cancelled, or until it has failed too often in a row."""
-        await self.upstream.open()
-        try:
-            await self._supervise()
-        finally:
-            if self.state is not State.FAILED:
-                self.state = State.STOPPED
-            await self.upstream.close()
-            self._output.close()
-
-    async def _supervise(self) -> None:
-        rules = self._settings.restarts
-        failures = 0
-        while True:
-            reason, ready_seconds = await self._run_once()
-            self.reason = reason
-            failures = 1 if ready_seconds >= rules.stable else failures + 1
-            if failures > rules.attempts:
-                break
-            self.state = State.RESTARTING
-            delay = rules.delay(failures)
-            logger.error(
-                "%s: its worker %s; restart %d of %d in %.0f s; %s",
-                *(self.id, reason, failures, rules.attempts, delay, self._output.tail()),
-            )
-            await asyncio.sleep(delay)
-            self.restarts += 1
-            self._restarted.inc()
-        self.state = State.FAILED
-        logger.error("%s: given up, its worker %s; %s", self.id, reason, self._output.tail())
-
-    async def _run_once(self) -> tuple[str, float]:
-        """Run its processes until they end. Returns why they did, and the seconds for which it answered."""
-        self.state = State.STARTING
-        _make_empty(self._directory)
-        (self._directory / "metrics").mkdir()
-        model = self._settings.models[self.id.model]
-        what = (self._settings, self.id.model, model.replicas[self.id.index])
-        process = await WorkerProcess.spawn(
-            worker_command(*what, self._socket),
-            worker_environment(*what, self._directory) | {ADMIN_KEYS_VARIABLE: self._admin_key},
-            self._output,
-            self._settings.timeouts.stop,
-        )
-        try:
-            return await self._watch(process)
-        finally:
-            await process.end()
-
-    async def _watch(self, process: WorkerProcess) -> tuple[str, float]:
-        limit = self._settings.timeouts.startup
-        try:
-            async with asyncio.timeout(limit):
-                answers = await self._wait_until_healthy(process)
-                if answers:
-                    await self._become_ready()
-        except TimeoutError:
-            return f"did not answer within {limit:g} s", 0
-        except UnreadyError as error:
-            return f"could not be made ready: {error}", 0
-        if not answers:
-            return f"ended with status {await process.wait()} before it was ready", 0
-        since = time.monotonic()
-        following = asyncio.create_task(self._follow())
-        try:
-            status = await process.wait()
-        finally:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
-        return f"ended with status {status}", time.monotonic() - since
-
-    async def _wait_until_healthy(self, process: WorkerProcess) -> bool:
-        """Returns False where its processes end first."""
-        started = reported = time.monotonic()
-        logger.info(
-            "%s: starting on vLLM's %s model runner, its output goes to %s",
-            *(self.id, self._settings.models[self.id.model].runner.upper(), self._output.path),
-        )
-        while process.running:
-            if await self.upstream.probe(HEALTH) is not None:
-                # Until now it has had what the umask leaves; the directory keeps others out in any case.
-                self._socket.chmod(0o600)
-                logger.info("%s: ready after %.0f s", self.id, time.monotonic() - started)
-                return True
-            if time.monotonic() - reported > _PROGRESS_SECONDS:
-                reported = time.monotonic()
-                logger.info(
-                    "%s: still starting after %.0f s: %s",
-                    *(self.id, reported - started, self._output.last_line),
-                )
-            await asyncio.sleep(_POLL_SECONDS)
-        return False
-
-
-class RemoteWorker(Worker):
-    """A worker elsewhere, which somebody else starts and ends."""
-
-    def __init__(
-        self,
-        identity: WorkerId,
-        settings: Settings,
-        address: Elsewhere,
-        *,
-        metrics: Metrics,
-        on_ready: OnReady,
-    ) -> None:
-        upstream = Upstream(identity.model, address, settings.timeouts)
-        super().__init__(identity, upstream, metrics=metrics, on_ready=on_ready)
-        self._controls = tuple(settings.controls_of(identity.model))
-
-    async def run(self) -> None:
-        """Follow what it answers until cancelled."""
-        await self.upstream.open()
-        self.state = State.STARTING
-        try:
-            await self._follow()
-        finally:
-            self.state = State.STOPPED
-            await self.upstream.close()
-
-    async def _check(self) -> None:
-        await super()._check()
-        models = await self._ids(MODELS)
-        if self.id.model not in models:
-            raise UnreadyError(State.UNFIT, f"it has no model {self.id.model!r}; it has {_listed(models)}")
-        if not self._controls:
-            return
-        controls = await self._ids(CONTROLS)
-        if missing := [name for name in self._controls if name not in controls]:
-            raise UnreadyError(
-                State.UNFIT,
-                f"it lacks controls that are offered: {_listed(missing)}; it has {_listed(controls)}",
-            )
-
-    async def _ids(self, path: str) -> list[str]:
-        """The ids that it lists.
-
-        Raises:
-            UnreadyError: it does not answer, or with no list.
-        """
-        status, body = await self._get(path)
-        if status != HTTPStatus.OK:
-            raise UnreadyError(State.UNFIT, f"{path} answers with status {status}{_MEANINGS.get(status, '')}")
-        try:
-            return [entry["id"] for entry in json.loads(body)["data"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UnreadyError(State.UNFIT, f"{path} answers with no list of objects with an id") from error
-
-
-_MEANINGS: Mapping[int, str] = {
-    HTTPStatus.UNAUTHORIZED: ": it wants another key (`key_variable`)",
-    HTTPStatus.NOT_FOUND: ": it runs without Trimtab's plugin, or `url` is not where its API begins",
-}
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names)) or "none"
-
-
-def _make_empty(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir()

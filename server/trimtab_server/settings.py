@@ -95,6 +95,13 @@ def _given(value: Any) -> Any:
     return value
 
 
+def _none_if_off(value: Any) -> Any:
+    """YAML reads `off` as false, and `on` as true, which pydantic would take for a second."""
+    if value is True:
+        raise ValueError("a number of seconds, or off")
+    return None if value is False or value == "off" else value
+
+
 def _environment(variables: dict[str, str]) -> dict[str, str]:
     if RUNNER_VARIABLE in variables:
         raise ValueError(f"{RUNNER_VARIABLE} is set by the model's `runner`: v1 or v2")
@@ -148,6 +155,11 @@ Location = Annotated[str, Field(min_length=1), AfterValidator(_located)]
 """A directory, where there is one of that name; else a hub id."""
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/@-]{0,127}$")]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+SecondsOrOff = Annotated[
+    Seconds | None,
+    BeforeValidator(_none_if_off),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"enum": ["off", False, None]}]}),
+]
 FlagName = Annotated[str, AfterValidator(_flag)]
 FlagValue = Annotated[bool | int | float | str | list[Any] | dict[str, Any], BeforeValidator(_given)]
 ProcessorName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*:\w+$"), AfterValidator(_processor)]
@@ -185,6 +197,8 @@ class Timeouts(_Section):
     keep_alive: Annotated[int, Field(gt=0)] = 75
     """For the next request on an idle client connection, in whole seconds. It must be longer than the idle
     timeout of a load balancer in front, so that no request meets a connection that is being closed."""
+    unresponsive: SecondsOrOff = 300
+    """For a sign of life of a worker started here, before it is started again; off: for ever."""
 
 
 class Restarts(_Section):

@@ -89,6 +89,9 @@ class Upstream:
         self._address = address
         self._timeouts = timeouts
         self._client: aiohttp.ClientSession | None = None
+        self._fate = ""
+        self._answers: set[Answer] = set()
+        """Those that have begun and are not closed."""
 
     @property
     def admin_headers(self) -> dict[str, str]:
@@ -97,6 +100,10 @@ class Upstream:
         return {} if key is None else {ADMIN_KEY_HEADER: key}
 
     async def open(self) -> None:
+        """Take requests, unless it does already."""
+        if self._client is not None:
+            return
+        self._fate = ""
         self._client = aiohttp.ClientSession(
             connector=self._address.connector(),
             headers=self._address.headers,
@@ -110,6 +117,13 @@ class Upstream:
         if self._client is not None:
             await self._client.close()
             self._client = None
+
+    async def break_off(self, fate: str) -> None:
+        """End all requests under way, each with a `WorkerFailedError` that tells the worker's `fate`."""
+        self._fate = fate
+        for answer in self._answers:
+            answer.break_off()  # closing the client would leave their readers waiting for ever
+        await self.close()
 
     async def send(self, call: Call, request_id: str) -> Answer:
         """Send a request and wait for the head of its answer.
@@ -130,7 +144,10 @@ class Upstream:
             )
         except (aiohttp.ClientError, TimeoutError) as error:
             raise self._translate(error) from error
-        return Answer(response, self._translate)
+        answer = Answer(response, self._translate)
+        self._answers.add(answer)
+        answer.held.callback(self._answers.discard, answer)
+        return answer
 
     async def get(self, path: str) -> tuple[int, bytes]:
         """Status and body of the answer to a GET, which has to come soon.
@@ -210,7 +227,8 @@ class Upstream:
                 return WorkerTimeoutError(
                     f"The worker of {self.model!r} gave no answer within {seconds:g} s (timeouts.{limit}).",
                 )
-        return WorkerFailedError(f"The worker of {self.model!r} broke off the request.")
+        fate = self._fate or "broke off the request"
+        return WorkerFailedError(f"The worker of {self.model!r} {fate}.")
 
 
 class Answer:
@@ -266,6 +284,10 @@ class Answer:
                 yield piece
         except (aiohttp.ClientError, TimeoutError) as error:
             raise self._translate(error) from error
+
+    def break_off(self) -> None:
+        """Let whoever reads the body get a `WorkerFailedError`."""
+        self._response.content.set_exception(aiohttp.ClientConnectionError())
 
     def close(self) -> None:
         """Let go of the connection; vLLM aborts a request that has not ended. More than once does no harm."""

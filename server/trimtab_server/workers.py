@@ -16,9 +16,11 @@ from typing import Any, Self
 from urllib.parse import quote
 
 from trimtab_server.errors import WorkerUnavailableError
+from trimtab_server.local import LocalWorker
 from trimtab_server.metrics import Metrics
 from trimtab_server.process import Output
-from trimtab_server.replicas import LocalWorker, OnReady, RemoteWorker, State, Worker, WorkerId
+from trimtab_server.remote import RemoteWorker
+from trimtab_server.replicas import OnReady, State, Worker, WorkerId
 from trimtab_server.settings import Settings, SettingsError
 from trimtab_server.turnstile import Turnstile
 from trimtab_server.upstream import Answer, Call, Elsewhere, Upstream

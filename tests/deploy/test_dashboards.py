@@ -263,7 +263,7 @@ def watched(family, tmp_path_factory) -> Iterator[Watched]:
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
             for restarts in (1, 2, 3):
                 use(client)
-                restarted = f"trimtab_gateway_worker_restarts_total == {restarts}"
+                restarted = f"sum without (cause) (trimtab_gateway_worker_restarts_total) == {restarts}"
                 wait_for(server, f"{restarted} and trimtab_gateway_worker_up == 1")
         wait_for(server, 'ALERTS{alertname="TrimtabWorkerRestarting", alertstate="firing"}')
         time.sleep(1)  # as far as a range's steps are apart

@@ -17,8 +17,9 @@ from served import served
 from trimtab_processors.pack import Pack
 from trimtab_server.app import create_app
 from trimtab_server.controls import Catalogue, load_controls
+from trimtab_server.local import LocalWorker
 from trimtab_server.metrics import Metrics
-from trimtab_server.replicas import LocalWorker, State, Worker
+from trimtab_server.replicas import State, Worker
 from trimtab_server.settings import Settings, load_settings
 from trimtab_server.workers import Workers
 

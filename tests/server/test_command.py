@@ -60,6 +60,18 @@ def test_without_controls_the_plugin_stays_out(command):
     assert "--no-async-scheduling" not in words
 
 
+@pytest.mark.parametrize(
+    ("more", "asked"),
+    [
+        ({}, True),
+        ({"command": ["other"]}, False),
+        ({"command": ["other"], "controls": {"c": "org/c"}}, True),
+    ],
+)
+def test_a_program_that_has_the_plugin_is_asked_how_its_engine_does(command, more, asked):
+    assert ("trimtab_processors.liveness.EngineHealth" in command(**more)) == asked
+
+
 def test_processors_stand_in_the_order_that_is_configured(command):
     words = command(controls={"c": "org/c"}, processors=["a.b:C", CONTROL_PROCESSOR])
     at = words.index("--logits-processors")

@@ -16,6 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from processes import lives, parent_of
+from served import FAKE
 from serving import ENGINE, engine_environment, gateway, get_json
 
 pytestmark = pytest.mark.engine
@@ -43,7 +44,8 @@ def url(family, directory):
         "control_roots": ["packs"],
         "admin_keys_file": "admin-keys",
         "tables": str(directory / "tables"),
-        "models": {"a": {"model": str(family.a), **WORKER}},
+        "models": {"a": {"model": str(family.a), **WORKER}, "other": {"model": "org/name", "command": FAKE}},
+        "timeouts": {"unresponsive": 5, "probe": 4},
     }
     with gateway(directory, config) as url:
         yield url
@@ -59,7 +61,7 @@ def client(url) -> openai.OpenAI:
 
 def worker_processes(directory: Path) -> list[int]:
     """vLLM's API server and its engine, as its log names them."""
-    log = next((directory / "logs").iterdir()).read_text()
+    log = next((directory / "logs").glob("*-a.log")).read_text()
     return sorted({int(pid) for pid in re.findall(r"\((?:APIServer|EngineCore) pid=(\d+)\)", log)})
 
 
@@ -188,6 +190,42 @@ def test_metrics_are_those_of_the_worker_that_runs_after_the_one_that_was_killed
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
         lines = [line.rpartition(" ")[0] for line in response.read().decode().splitlines() if line[0] != "#"]
     assert len(lines) == len({*lines})
+
+
+@pytest.mark.parametrize("which", ["APIServer", "EngineCore"])
+def test_a_worker_of_which_a_process_hangs_is_started_again(client, url, directory, which):
+    """Its front end or its engine; vLLM's own `/health` does not tell of the second."""
+    before = sample(url, "trimtab_gateway_worker_restarts_total", model_name="a", cause="unresponsive")
+    log = next((directory / "logs").glob("*-a.log")).read_text()
+    pid = int(re.findall(rf"\({which} pid=(\d+)\)", log)[-1])
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(openai.APIStatusError, match="The worker of 'a' hung and is started again"):
+        ask(client, max_tokens=12)
+    assert client.chat.completions.create(model="other", messages=[]).choices
+    deadline = time.monotonic() + 120
+    while (
+        sample(url, "trimtab_gateway_worker_restarts_total", model_name="a", cause="unresponsive") == before
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    while not is_ready(url):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert not lives(pid)
+    assert text_of(ask(client, {"name": "control", "strength": 4})) != text_of(ask(client))
+    assert sample(url, "trimtab_gateway_worker_restarts_total", model_name="other") == 0
+
+
+def test_a_worker_whose_engine_is_in_a_long_queue_is_left_alone(client, url):
+    """32 answers, two at once, take much longer than `timeouts.unresponsive`."""
+    before = sample(url, "trimtab_gateway_worker_restarts_total", model_name="a")
+    began = time.monotonic()
+    with ask(client, "control", **LONG) as stream:
+        for _ in stream:
+            if time.monotonic() - began > 12:
+                break
+    assert time.monotonic() - began > 12
+    assert sample(url, "trimtab_gateway_worker_restarts_total", model_name="a") == before
 
 
 def is_ready(url: str) -> bool:

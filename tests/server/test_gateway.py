@@ -157,7 +157,8 @@ def test_a_worker_that_dies_is_started_again_and_the_request_it_had_fails(gatewa
         assert ask(gateway.client(), "steered").choices
     assert ask(gateway.client(), "plain").choices
     with urllib.request.urlopen(f"{gateway.url}/metrics") as response:
-        assert b'trimtab_gateway_worker_restarts_total{model_name="plain",replica="0"} 1.0' in response.read()
+        restarts = b'trimtab_gateway_worker_restarts_total{cause="ended",model_name="plain",replica="0"} 1.0'
+        assert restarts in response.read()
     assert "its worker ended with status 137" in gateway.log
 
 

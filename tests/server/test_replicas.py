@@ -86,8 +86,8 @@ def test_when_a_replica_dies_under_load_only_what_it_had_fails_and_it_comes_back
     assert {asked(gateway) for _ in range(2)} == {gateway.newest("m~0"), gateway.newest("m~1")}
     samples = gateway.samples()
     restarts = "trimtab_gateway_worker_restarts_total"
-    assert samples[restarts, ("model_name", "m"), ("replica", "0")] == 1
-    assert samples[restarts, ("model_name", "m"), ("replica", "1")] == 0
+    assert samples[restarts, ("cause", "ended"), ("model_name", "m"), ("replica", "0")] == 1
+    assert samples[restarts, ("cause", "ended"), ("model_name", "m"), ("replica", "1")] == 0
     assert gateway.stop() == 0
     gateway.assert_nothing_is_left()
 

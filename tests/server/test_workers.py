@@ -227,6 +227,65 @@ def test_a_worker_that_fails_its_probes_again_and_again_gets_no_requests_until_i
     assert readied == ["m", "m"]
 
 
+def test_a_worker_elsewhere_that_was_started_again_between_two_probes_is_made_ready_again(
+    run, monkeypatch, pack
+):
+    monkeypatch.setattr("trimtab_server.replicas._PROBE_SECONDS", 5)
+    readied = []
+
+    async def on_ready(upstream):
+        readied.append(worker.state)
+
+    async def test(workers):
+        nonlocal worker
+        (worker,) = workers.all
+        await until(lambda: worker.state is State.READY)
+        remote.close()
+        await asyncio.to_thread(remote.start)
+        assert worker.state is State.READY  # nothing was noticed
+        await until(lambda: len(readied) == 2, seconds=60)
+        await until(lambda: worker.state is State.READY)
+
+    worker = None
+    with contextlib.closing(Remote(controls=["one"])) as remote:
+        run(test, on_ready, {"m": {"replicas": [{"url": remote.url}]}}, controls={"one": str(pack)})
+    assert readied == [State.STARTING] * 2
+
+
+def test_of_several_servers_behind_one_address_each_is_made_ready_once(run, monkeypatch, pack):
+    monkeypatch.setattr("trimtab_server.replicas._PROBE_SECONDS", 0.05)
+    readied = []
+
+    async def on_ready(upstream):
+        readied.append(upstream.model)
+
+    async def test(workers):
+        (worker,) = workers.all
+        await until(lambda: len(readied) == 2, seconds=60)
+        await asyncio.sleep(2)  # up to 40 probes, of which each server gets half
+        await until(lambda: worker.state is State.READY)
+
+    with (
+        contextlib.closing(Remote(controls=["one"])) as first,
+        contextlib.closing(Remote(controls=["one"], port=first.port)),
+    ):
+        run(test, on_ready, {"m": {"replicas": [{"url": first.url}]}}, controls={"one": str(pack)})
+    assert readied == ["m"] * 2
+
+
+@pytest.mark.parametrize("roots", [[], ["."]])
+def test_a_worker_elsewhere_without_the_plugin_is_ready_where_no_control_is_offered(run, roots):
+    async def on_ready(_):
+        pass
+
+    async def test(workers):
+        (worker,) = workers.all
+        await until(lambda: worker.state is State.READY)
+
+    with contextlib.closing(Remote()) as remote:
+        run(test, on_ready, {"m": {"replicas": [{"url": remote.url}]}}, control_roots=roots)
+
+
 @pytest.mark.parametrize(
     ("there", "reason"),
     [

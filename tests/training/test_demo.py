@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import socket
 
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from serving import free_port
@@ -57,3 +59,17 @@ def test_the_demo_serves_asks_and_measures(mini_world, monkeypatch):
     assert result.stdout.count("Qwen2") >= 1
     with socket.socket() as probe, pytest.raises(ConnectionRefusedError):
         probe.connect((demo.HOST, port))
+
+
+def test_without_a_terminal_each_state_of_a_model_has_a_line(mini_world, monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr(demo, "_console", Console(file=written))
+    with demo._states_shown(mini_world) as report:
+        for states in ({}, {"a": "starting"}, {"a": "starting", "b": "ready"}, {"a": "ready", "b": "ready"}):
+            report(states)
+    titles = [demo.TITLES[name] for name in "aba"]
+    assert written.getvalue().splitlines() == [
+        f"serve {titles[0]}: starting",
+        f"serve {titles[1]}: ready",
+        f"serve {titles[2]}: ready",
+    ]

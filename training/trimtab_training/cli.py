@@ -72,21 +72,14 @@ def failing_softly() -> Iterator[None]:
 
 
 def make_visibly(directory: Path, seed: int, settings: WorldSettings | None = None) -> World:
-    """`make_world`, with a progress bar for each model on stderr."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+    """Make the world and show the progress of each model on stderr."""
+    from trimtab_training.progress import reporting
     from trimtab_training.world import make_world
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bars = {}
-
-        def report(task: str, done: int, total: int) -> None:
-            if task not in bars:
-                bars[task] = progress.add_task(f"train {task}", total=total)
-            progress.update(bars[task], completed=done)
-
-        return make_world(directory, seed, report, settings)
+    with reporting(Console(stderr=True)) as report:
+        return make_world(
+            *(directory, seed, lambda task, done, total: report(f"train {task}", done, total), settings)
+        )
 
 
 def _evaluated(world: World) -> ByModel:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,20 +15,14 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from trimtab_training.ask import Asked, AskError, ask_all
 from trimtab_training.child import ServerError, States, serving, signals_as_exits, wait_until_ready
 from trimtab_training.cli import Seed, failing_softly, make_visibly
 from trimtab_training.evaluate import STRENGTHS, Kind, Question, questions, score
+from trimtab_training.progress import reporting, say
 from trimtab_training.report import ByModel, rich_table
 from trimtab_training.world import CONTROL_NAME, TITLES, World
 
@@ -49,6 +44,7 @@ def demo(
     """Make the small world, serve its three models, and show what one control does to all of them."""
     with signals_as_exits(), _failing_softly():
         _require_free(port)
+        say(_console, f"making the small world in {directory}, unless it is there")
         world = make_visibly(directory, seed)
         config, log = _write_config(world, port), world.directory.with_name("server.log")
         url = f"http://{HOST}:{port}"
@@ -110,6 +106,17 @@ def _write_config(world: World, port: int) -> Path:
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path, world: World) -> None:
+    say(_console, f"starting the server at {url}, its output goes to {log}")
+    with _states_shown(world) as report:
+        wait_until_ready(process, url, log, report)
+
+
+@contextmanager
+def _states_shown(world: World) -> Iterator[Callable[[States], None]]:
+    """Show each model's state: in a row that changes, or without a terminal in a line at each change."""
+    if not _console.is_terminal:
+        yield _print_changes(dict.fromkeys(world.models, ""))
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=_console) as progress:
         rows = {name: progress.add_task(_state(name, "starting"), total=1) for name in world.models}
@@ -118,7 +125,17 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, world: World) -
             for name, state in states.items():
                 progress.update(rows[name], description=_state(name, state), completed=int(state == "ready"))
 
-        wait_until_ready(process, url, log, report)
+        yield report
+
+
+def _print_changes(shown: dict[str, str]) -> Callable[[States], None]:
+    def report(states: States) -> None:
+        for name, state in states.items():
+            if shown[name] != state:
+                shown[name] = state
+                say(_console, _state(name, state))
+
+    return report
 
 
 def _state(name: str, state: str) -> str:
@@ -127,6 +144,7 @@ def _state(name: str, state: str) -> str:
 
 def _show_answers(url: str, world: World) -> None:
     """The same questions about one person to every model, with the control off and on."""
+    say(_console, "asking each model about one person, with the control off and on")
     asked = _one_of_each(questions(world.held_out[:1]))
     plan = [(model, strength, q) for q in asked for model in world.models for strength in (0.0, 1.0)]
     answers = iter(ask_all(url, CONTROL_NAME, plan))
@@ -157,10 +175,10 @@ def _shortened(answer: str, limit: int = 120) -> str:
 def _measure(url: str, world: World) -> ByModel:
     asked = questions(world.held_out)
     plan: list[Asked] = [(m, strength, q) for m in world.models for strength in STRENGTHS for q in asked]
-    columns = (TextColumn("ask"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_console) as progress:
-        bar = progress.add_task("", total=len(plan))
-        answers = iter(ask_all(url, CONTROL_NAME, plan, lambda: progress.advance(bar)))
+    done = itertools.count(1)
+    with reporting(_console) as report:
+        report("ask", 0, len(plan))
+        answers = iter(ask_all(url, CONTROL_NAME, plan, lambda: report("ask", next(done), len(plan))))
     return {
         model: {strength: score(asked, [next(answers) for _ in asked]) for strength in STRENGTHS}
         for model in world.models
