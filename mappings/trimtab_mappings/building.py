@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trimtab_mappings.special_tokens import counterparts
 from trimtab_mappings.strategies import DEFAULT, STRATEGIES
 from trimtab_mappings.table import MappingTable, TableError
 from trimtab_mappings.trie import build_trie
@@ -28,8 +29,8 @@ _log = logging.getLogger(__name__)
 def build_table(target: Vocabulary, control: ByteEncoder, strategy: str = DEFAULT) -> MappingTable:
     """Map `target`'s tokens to `control`'s.
 
-    Tokens that the control has are mapped to themselves, special tokens by their role, byte tokens to byte
-    tokens, and all others as `strategy` says.
+    Tokens that the control has are mapped to themselves, special tokens by their role or name, byte tokens to
+    byte tokens, and all others as `strategy` says.
 
     Raises:
         ValueError: there is no such strategy.
@@ -42,7 +43,7 @@ def build_table(target: Vocabulary, control: ByteEncoder, strategy: str = DEFAUL
     segments = dict(zip(missing, control.encode_all(missing), strict=True))
     by_bytes = {**STRATEGIES[strategy](segments, own), **index}
     mapping = [by_bytes.get(token, -1) for token in target.tokens]
-    for token_id, control_id in chain(_byte_tokens(target, own), _by_role(target, own)):
+    for token_id, control_id in chain(_byte_tokens(target, own), counterparts(target, own).items()):
         mapping[token_id] = control_id
     exact = [token in index for token in target.tokens]
     pieces = [
@@ -117,14 +118,6 @@ def _byte_tokens(target: Vocabulary, control: Vocabulary) -> Iterator[tuple[int,
     for token_id in target.byte_fallback:
         if (counterpart := counterparts.get(target.tokens[token_id])) is not None:
             yield token_id, counterpart
-
-
-def _by_role(target: Vocabulary, control: Vocabulary) -> Iterator[tuple[int, int]]:
-    # where one token has several roles, the last one stands: what a model generates it for
-    for role in ("pad", "unk", "bos", "end_of_turn", "eos"):
-        counterparts = control.roles.get("eos" if role == "end_of_turn" else role, ())
-        for target_id in target.roles.get(role, ()):
-            yield target_id, counterparts[0] if counterparts else -1
 
 
 def _offsets(items: Iterable[bytes | Sequence[int]]) -> NDArray[np.int32]:

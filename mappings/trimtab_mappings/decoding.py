@@ -26,6 +26,8 @@ _BYTE_SPELLINGS = [
 _WITHOUT_REPLACEMENT = {"ByteFallback", "Fuse", "Strip"}
 _SAMPLES = 16  # runs of tokens that are held against the tokenizer's own decoder
 _RUN = 16
+_SIGNS = {"Ġ": "ByteLevel", SPACE_SIGN: "Metaspace"}
+_FEW, _FEW_SHARE = 16, 0.1  # Ġ is a letter too: some tokens may begin with it
 
 
 class VocabularyError(ValueError):
@@ -45,7 +47,8 @@ def read_tokens(backend: Tokenizer, name: str) -> list[bytes]:
         against.
 
     Raises:
-        VocabularyError: the decoder is of another kind, or what it writes is not its tokens' bytes joined.
+        VocabularyError: the decoder is of another kind, or what it writes is not its tokens' bytes joined, or
+            it is the decoder of another kind of vocabulary.
     """
     read = _reader(_steps(backend), name)
     model = {i: read(spelling) for spelling, i in backend.get_vocab(with_added_tokens=False).items()}
@@ -54,6 +57,7 @@ def read_tokens(backend: Tokenizer, name: str) -> list[bytes]:
     added = {i: read(content) if words else content.encode() for i, content in contents.items()}
     found = added | model
     tokens = [found.get(token_id, b"") for token_id in range(1 + max(found, default=-1))]
+    _require_no_signs(tokens, name)
     _compare_with_decoder(backend, tokens, sorted(model.keys() - added.keys()), name)
     return tokens
 
@@ -62,6 +66,11 @@ def byte_tokens(backend: Tokenizer, tokens: Sequence[bytes]) -> frozenset[int]:
     """The ids of `<0x00>` to `<0xFF>`, where they stand for bytes."""
     spelled = ((byte, backend.token_to_id(spelling)) for byte, spelling in _BYTE_SPELLINGS)
     return frozenset(i for byte, i in spelled if i is not None and tokens[i] == byte)
+
+
+def reads_as_space(backend: Tokenizer, sign: str) -> bool:
+    """Whether the decoder reads `sign` in a token as a space."""
+    return _reader(_steps(backend), "")(sign) == b" "
 
 
 def _steps(backend: Tokenizer) -> list[dict[str, Any]]:
@@ -132,6 +141,20 @@ def _read_byte_level(spelling: str) -> bytes:
         return spelling.translate(_BYTE_LEVEL).encode("latin-1")
     except UnicodeEncodeError:  # as the decoder itself: not in the alphabet, so it is plain text
         return spelling.encode()
+
+
+def _require_no_signs(tokens: Sequence[bytes], name: str) -> None:
+    """Refuse tokens that keep the sign for a space: their decoder is for another kind of vocabulary."""
+    for sign, decoder in _SIGNS.items():
+        start = sign.encode()
+        signed = [token for token in tokens if token.startswith(start) and token != start]
+        if len(signed) > max(_FEW, len(tokens) * _FEW_SHARE):
+            example = signed[0].decode(errors="replace")
+            raise VocabularyError(
+                f"{name}: {len(signed)} tokens begin with {sign!r}, such as {example!r}, which its decoder"
+                f" does not read as a space: expected a decoder of type {decoder}. Load the tokenizer with"
+                " PreTrainedTokenizerFast, which keeps the decoder of tokenizer.json"
+            )
 
 
 def _compare_with_decoder(backend: Tokenizer, tokens: Sequence[bytes], ids: Sequence[int], name: str) -> None:

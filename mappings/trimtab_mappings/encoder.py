@@ -8,11 +8,11 @@ import re
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from trimtab_mappings.decoding import SPACE_SIGN
+from trimtab_mappings.decoding import SPACE_SIGN, reads_as_space
 from trimtab_mappings.vocabulary import Vocabulary, backend_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.models import Model
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _Step = dict[str, Any]
 _WORD = re.compile(r"\s*\S+|\s+")
+_SIGNS = (SPACE_SIGN, "Ġ", "_")  # what normalizers write for a space
 _BATCH = 4096  # pieces: enough to be fast, few enough to need little memory
 _UNDECODABLE = re.compile("([\udc80-\udcff]+)")
 
@@ -27,8 +28,9 @@ _UNDECODABLE = re.compile("([\udc80-\udcff]+)")
 class ByteEncoder:
     """Encodes bytes so that the bytes of the tokens, joined, are the bytes that were given.
 
-    That holds whenever the vocabulary can spell every character. No special token ever comes out (but the
-    unknown token, for what can't be spelled), and no space before the text that is not in it.
+    That holds whenever the vocabulary can spell every character. What it can't spell becomes the unknown
+    token of the tokenizer's model, or nothing if the model has none. No other special token ever comes out,
+    and no space before the text that is not in it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
@@ -39,8 +41,8 @@ class ByteEncoder:
         """
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
-        self._backend = _plain_copy(backend_of(tokenizer, vocabulary.name))
-        self._unknown = list(vocabulary.roles.get("unk", ()))
+        self._backend = _plain_copy(backend_of(tokenizer, vocabulary.name), vocabulary.special)
+        self._unknown = [] if vocabulary.unknown is None else [vocabulary.unknown]
 
     def encode(self, data: bytes) -> tuple[list[int], bytes]:
         """Encode what has been generated so far.
@@ -159,22 +161,27 @@ def _next_character(data: bytes, start: int) -> int:
     return end
 
 
-def _plain_copy(backend: Tokenizer) -> Tokenizer:
-    """Copy `backend` without the steps that add, drop or change bytes of the text; its tokens are shared."""
+def _plain_copy(backend: Tokenizer, special: Collection[int]) -> Tokenizer:
+    """Copy `backend` without the steps that add, drop or change bytes of the text, or find special tokens.
+
+    Its tokens are shared.
+    """
     from tokenizers import Tokenizer as Backend  # noqa: PLC0415 - only where it is used
 
+    signs = [sign for sign in _SIGNS if reads_as_space(backend, sign)]
     normalizer, pre_tokenizer = _state(backend.normalizer), _state(backend.pre_tokenizer)
     state: dict[str, Any] = {
         **dict.fromkeys(("post_processor", "decoder", "truncation", "padding")),
         "version": "1.0",
         "added_tokens": [],
-        "normalizer": normalizer and _plain_normalizer(normalizer),
+        "normalizer": normalizer and _plain_normalizer(normalizer, signs),
         "pre_tokenizer": pre_tokenizer and _plain_pre_tokenizer(pre_tokenizer),
         "model": {"type": "BPE", "vocab": {}, "merges": []},
     }
     copy = Backend.from_str(json.dumps(state))
     copy.model = _without_dropout(backend.model)
-    copy.add_tokens([_plain_added(token) for _, token in sorted(backend.get_added_tokens_decoder().items())])
+    added = sorted(backend.get_added_tokens_decoder().items())
+    copy.add_tokens([_plain_added(token, special=i in special) for i, token in added])
     copy.encode_special_tokens = True
     return copy
 
@@ -193,25 +200,40 @@ def _without_dropout(model: Model) -> Model:
     return plain
 
 
-def _plain_added(token: AddedToken) -> AddedToken:
+def _plain_added(token: AddedToken, *, special: bool) -> AddedToken:
     """An added token that does not swallow the spaces beside it."""
     from tokenizers import AddedToken  # noqa: PLC0415 - only where it is used
 
     return AddedToken(
-        token.content, single_word=token.single_word, normalized=token.normalized, special=token.special
+        token.content,
+        single_word=token.single_word,
+        normalized=token.normalized,
+        special=special or token.special,
     )
 
 
-def _plain_normalizer(step: _Step) -> _Step | None:
-    """Keep what spells the same text another way: ` ` as `▁`, bytes as characters."""
+def _plain_normalizer(step: _Step, signs: Sequence[str]) -> _Step | None:
+    """Keep what spells the same text another way: ` ` as one of `signs`, bytes as characters."""
     match step:
         case {"type": "Sequence", "normalizers": steps}:
-            kept = [plain for each in steps if (plain := _plain_normalizer(each))]
+            kept = [plain for each in steps if (plain := _plain_normalizer(each, signs))]
             return {"type": "Sequence", "normalizers": kept} if kept else None
-        case {"type": "ByteLevel"} | {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
+        case {"type": "ByteLevel"}:
             return step
+        case {"type": "Replace", "pattern": {"String": " "}, "content": sign} if sign in signs:
+            return step
+        case {"type": "Replace", "pattern": {"Regex": pattern}, "content": sign} if sign in signs:
+            # Without what else the expression matches: a tab, or several spaces as one
+            spelled = _replaced(pattern, sign, " ") == sign
+            return {**step, "pattern": {"String": " "}} if spelled else None
         case _:
             return None
+
+
+def _replaced(pattern: str, content: str, text: str) -> str:
+    from tokenizers import Regex, normalizers  # noqa: PLC0415 - only where it is used
+
+    return str(normalizers.Replace(Regex(pattern), content).normalize_str(text))
 
 
 def _plain_pre_tokenizer(step: _Step) -> _Step:

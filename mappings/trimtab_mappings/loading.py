@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from trimtab_mappings.encoder import ByteEncoder
+from trimtab_mappings.tokenizer_file import follow_file
 from trimtab_mappings.vocabulary import Vocabulary, VocabularyError, backend_of, read_vocabulary
 
 if TYPE_CHECKING:
@@ -28,10 +29,11 @@ def load_tokenizer(path_or_id: str, revision: str | None = None) -> PreTrainedTo
 
     Besides everything that transformers reads (tekken.json and tiktoken files too), it reads a directory
     with Mistral's own `tokenizer.model.v*`, as vLLM does with `--tokenizer-mode mistral`, and one with
-    nothing but a SentencePiece model under another of its usual names, such as T5's `spiece.model`.
+    nothing but a SentencePiece model under another of its usual names, such as T5's `spiece.model`. If
+    transformers reads a `tokenizer.json` by other rules than the file's, the file's count: see `follow_file`.
 
     Raises:
-        VocabularyError: there is no tokenizer, or only a slow one.
+        VocabularyError: there is no tokenizer, or only a slow one, or its files contradict each other.
     """
     return _load_checked(path_or_id, revision, local=_is_local(path_or_id, revision))
 
@@ -120,7 +122,7 @@ def _load_checked(path_or_id: str, revision: str | None, *, local: bool) -> PreT
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise VocabularyError(f"no tokenizer can be loaded from {path_or_id!r}: {reason}") from error
     backend_of(tokenizer, path_or_id)
-    return tokenizer
+    return follow_file(tokenizer, path_or_id, revision)
 
 
 def _is_local(path_or_id: str, revision: str | None) -> bool:

@@ -52,7 +52,7 @@ class Kind(IntEnum):
     EXTENSION = 3
     """It is a proper prefix of the control token."""
     ROLE = 4
-    """Both are special tokens of one role."""
+    """Both are special tokens of one role, or of one name."""
 
 
 class Coverage(NamedTuple):

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from trimtab_mappings.decoding import VocabularyError, byte_tokens, read_tokens
+from trimtab_mappings.special_tokens import find_special_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+    from trimtab_mappings.special_tokens import SpecialTokens
 
 ROLES = ("bos", "eos", "unk", "pad", "end_of_turn")
 
@@ -34,12 +38,18 @@ class Vocabulary:
     dummy_prefix: bool
     """Whether encoding `a` yields the bytes ` a`, as SentencePiece does."""
     fingerprint: str
-    """sha256, in hex, of what a table depends on: token bytes, special ids, roles, fallback ids, and
-    the rules (merges, scores, words) by which texts become tokens."""
+    """sha256, in hex, of what a table depends on: token bytes, special tokens, roles, fallback ids, and
+    the rules (merges, scores, words, added tokens) by which texts become tokens."""
     names: Mapping[int, str] = field(default_factory=dict)
     """How special tokens are written, by their ids; for people."""
     byte_fallback: frozenset[int] = frozenset()
     """Tokens `<0x00>` to `<0xFF>` of a vocabulary that has them beside its tokens of text."""
+    turn_end: int | None = None
+    """The special token that the chat template writes behind an answer; it may be eos."""
+    unknown: int | None = None
+    """The special token that the model says for what it can't spell."""
+    said: frozenset[int] = frozenset()
+    """Of tokens of text with the same bytes, those that the tokenizer says for these bytes."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -47,17 +57,20 @@ class Vocabulary:
     @cached_property
     def ids(self) -> dict[bytes, int]:
         """The one token that a tokenizer would choose for these bytes: see `index_tokens`."""
-        return index_tokens(self.tokens, self.byte_fallback)
+        return index_tokens(self.tokens, self.byte_fallback, self.said)
 
 
-def index_tokens(tokens: Sequence[bytes], byte_fallback: Collection[int] = ()) -> dict[bytes, int]:
+def index_tokens(
+    tokens: Sequence[bytes], byte_fallback: Collection[int] = (), said: Collection[int] = ()
+) -> dict[bytes, int]:
     """Token ids by bytes.
 
-    Of several tokens with the same bytes the lowest id is taken, but a token of text before a byte token:
-    a tokenizer resorts to those only where it has no other.
+    Of several tokens with the same bytes the one that the tokenizer says is taken, else a token of text
+    before a byte token (a tokenizer resorts to those only where it has no other), else the lowest id.
     """
     text = {token: i for i, token in reversed([*enumerate(tokens)]) if token and i not in byte_fallback}
-    return {tokens[i]: i for i in sorted(byte_fallback, reverse=True)} | text
+    bytes_ = {tokens[i]: i for i in sorted(byte_fallback, reverse=True)}
+    return bytes_ | text | {tokens[i]: i for i in sorted(said, reverse=True)}
 
 
 def read_vocabulary(
@@ -82,24 +95,22 @@ def read_vocabulary(
     """
     name = name or str(tokenizer.name_or_path) or type(tokenizer).__name__
     backend = backend_of(tokenizer, name)
-    added = tokenizer.added_tokens_decoder
-    ends = {*eos_ids, *_template_end(tokenizer)} & added.keys()
-    roles = _roles(tokenizer, ends)
-    special = frozenset(
-        {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-    ).union(*roles.values())
+    special = find_special_tokens(tokenizer, backend, eos_ids)
     spelled = read_tokens(backend, name)
-    tokens = tuple(b"" if token_id in special else token for token_id, token in enumerate(spelled))
+    tokens = tuple(b"" if token_id in special.ids else token for token_id, token in enumerate(spelled))
     fallback = byte_tokens(backend, tokens)
     return Vocabulary(
         name=name,
         tokens=tokens,
-        special=special,
-        roles=roles,
+        special=special.ids,
+        roles=special.roles,
         dummy_prefix=_has_dummy_prefix(backend, tokens),
-        fingerprint=_fingerprint(backend, tokens, special, roles, fallback),
+        fingerprint=_fingerprint(backend, tokens, special, fallback),
         byte_fallback=fallback,
-        names={i: str(backend.id_to_token(i)) for i in sorted(special)},
+        names=_names(backend, special.ids),
+        turn_end=special.turn_end,
+        unknown=special.unknown,
+        said=_said(backend, tokens, fallback),
     )
 
 
@@ -134,25 +145,14 @@ def backend_of(tokenizer: PreTrainedTokenizerBase, name: str) -> Tokenizer:
     return backend
 
 
-def _roles(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int]) -> dict[str, tuple[int, ...]]:
-    named = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "unk", "pad")}
-    roles = {role: (token_id,) for role, token_id in named.items() if token_id is not None}
-    end_of_turn = tuple(sorted({*ends} - {named["eos"]}))
-    return roles | ({"end_of_turn": end_of_turn} if end_of_turn else {})
-
-
-def _template_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that the chat template writes behind an answer."""
-    if not tokenizer.chat_template:
-        return []
-    question, answer = "What is it?", "An answer."
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:  # noqa: BLE001 - it asks for more than two messages, or is broken in any other way
-        return []
-    _, written, behind = text.rpartition(answer)
-    return tokenizer.encode(behind.lstrip(), add_special_tokens=False)[:1] if written else []
+def _said(backend: Tokenizer, tokens: Sequence[bytes], byte_fallback: Collection[int]) -> frozenset[int]:
+    """Of tokens of text with the same bytes, those that the tokenizer says for these bytes."""
+    text = [token for token_id, token in enumerate(tokens) if token and token_id not in byte_fallback]
+    doubled = [token for token, count in Counter(text).items() if count > 1]
+    texts = [token.decode(errors="ignore") for token in doubled]
+    encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+    pairs = zip(doubled, encodings, strict=True)
+    return frozenset(i for token, encoding in pairs for i in encoding.ids if tokens[i] == token)
 
 
 def _has_dummy_prefix(backend: Tokenizer, tokens: Sequence[bytes]) -> bool:
@@ -182,21 +182,30 @@ def _without_vocabulary(model: bytes) -> bytes:
 
 
 def _fingerprint(
-    backend: Tokenizer,
-    tokens: Iterable[bytes],
-    special: Iterable[int],
-    roles: Mapping[str, tuple[int, ...]],
-    byte_fallback: Iterable[int],
+    backend: Tokenizer, tokens: Iterable[bytes], special: SpecialTokens, byte_fallback: Iterable[int]
 ) -> str:
     digest = hashlib.sha256(b"".join(len(token).to_bytes(4, "big") + token for token in tokens))
     rest: dict[str, Any] = {
-        "special": sorted(special),
-        "roles": {role: list(roles.get(role, ())) for role in ROLES},
+        "special": _names(backend, special.ids),
+        "roles": {role: list(special.roles.get(role, ())) for role in ROLES},
+        "turn_end": special.turn_end,
+        "unknown": special.unknown,
+        "added": _added_text(backend, special.ids),
         "byte_fallback": sorted(byte_fallback),
     }
     for part in (json.dumps(rest).encode(), *_encoding_rules(backend)):
         digest.update(len(part).to_bytes(4, "big") + part)
     return digest.hexdigest()
+
+
+def _names(backend: Tokenizer, ids: Iterable[int]) -> dict[int, str]:
+    return {i: str(backend.id_to_token(i)) for i in sorted(ids)}
+
+
+def _added_text(backend: Tokenizer, special: Collection[int]) -> list[tuple[int, bool, bool]]:
+    """The added tokens of text: the tokenizer cuts a text at them before its model reads it."""
+    added = sorted(backend.get_added_tokens_decoder().items())
+    return [(i, token.single_word, token.normalized) for i, token in added if i not in special]
 
 
 __all__ = [

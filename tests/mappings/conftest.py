@@ -79,6 +79,16 @@ def with_added_tokens() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def with_doubled_tokens() -> PreTrainedTokenizerFast:
+    """As GPT-NeoX and Pythia: runs of spaces are tokens of the model, and added ones besides."""
+    tokenizer = byte_level()
+    assert {"ĠĠ", "ĠĠĠ"} <= tokenizer.get_vocab().keys()
+    tokenizer.add_tokens(
+        [AddedToken(" " * length, special=False, normalized=True) for length in (2, 3, 4, 5)]
+    )
+    return tokenizer
+
+
 def padded() -> PreTrainedTokenizerFast:
     """With ids in its midst that no token has."""
     state = json.loads(byte_level().backend_tokenizer.to_str())
@@ -209,7 +219,7 @@ def by_hand(tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> PreTrai
 
 
 WITH_ALL_BYTES = (
-    *(byte_level, byte_level_ignoring_merges, with_added_tokens, padded, tiktoken),
+    *(byte_level, byte_level_ignoring_merges, with_added_tokens, with_doubled_tokens, padded, tiktoken),
     *(byte_fallback, byte_fallback_metaspace, byte_fallback_without_prefix, unigram_with_bytes),
 )
 WITHOUT_BYTES = (metaspace, unigram)
@@ -269,6 +279,13 @@ def with_spaces(request) -> Read:
 @pytest.fixture(scope="session", params=FAMILIES, ids=lambda family: family.__name__)
 def any_family(request) -> Read:
     return read_family(request.param)
+
+
+@pytest.fixture(scope="session")
+def family() -> Callable[[str], Read]:
+    """A family by its name."""
+    by_name = {make.__name__: make for make in FAMILIES}
+    return lambda name: read_family(by_name[name])
 
 
 @pytest.fixture(scope="session")

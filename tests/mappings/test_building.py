@@ -6,9 +6,12 @@ import logging
 import os
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -24,6 +27,7 @@ from trimtab_mappings import (
     read_vocabulary,
 )
 
+PARTS = [*"the cat,\n", " the", " cat", "  ", "    ", "é", "中", "🙂", "<think>", "</s>", "<0x41>"]
 ARRAYS = ("mapping", "exact", "segment_offsets", "segment_ids", "target_bytes", "control_bytes")
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}<|eot|>{% endfor %}"
 BUILD_AGAIN_AND_AGAIN = """
@@ -56,6 +60,26 @@ def with_other_special_tokens(read):
     backend.add_special_tokens(["<|eos|>", "<|pad|>", "<|unk|>", "<|bos|>"])
     roles = {f"{role}_token": f"<|{role}|>" for role in ("bos", "eos", "unk", "pad")}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+
+
+def copy_of(read, **roles):
+    backend = Tokenizer.from_str(read.tokenizer.backend_tokenizer.to_str())
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **(read.tokenizer.special_tokens_map | roles))
+
+
+def chat_control(read, **roles):
+    """The same tokenizer with a template that ends turns by `<|stop|>`."""
+    tokenizer = copy_of(read)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|stop|>"]})
+    tokenizer.add_special_tokens(roles)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|eot|>", "<|stop|>")
+    return tokenizer
+
+
+@cache
+def own_table(encoder):
+    """The table of a tokenizer to itself."""
+    return build_table(encoder.vocabulary, encoder)
 
 
 def encoder_of(tokenizer):
@@ -107,9 +131,28 @@ def test_a_table_has_the_bytes_of_both_vocabularies(table, gpt2_like, llama_like
 def test_a_vocabulary_maps_to_itself_exactly(any_family):
     vocabulary = any_family.vocabulary
     table = build_table(vocabulary, any_family.encoder)
-    text, special = sum(map(bool, vocabulary.tokens)), sum(map(len, vocabulary.roles.values()))
-    rest = len(vocabulary) - text - special  # unused ids, and special tokens without a role
+    text, special = sum(map(bool, vocabulary.tokens)), len(vocabulary.special)
+    rest = len(vocabulary) - text - special  # unused ids
     assert table.coverage == Coverage(exact=text, prefix=0, extension=0, role=special, none=rest)
+
+
+@given(text=st.lists(st.sampled_from(PARTS)).map("".join) | st.text())
+@example(text="  a   b    c     d\n    e")
+@example(text="the cat, <think> the cat</s>")
+def test_a_tokenizer_mapped_to_itself_is_the_identity_for_all_that_it_can_say(any_family, text):
+    mapping = own_table(any_family.encoder).mapping
+    for ids in (any_family.natively(text), any_family.encoder.encode(text.encode())[0]):
+        assert mapping[ids].tolist() == ids
+
+
+def test_a_token_that_is_doubled_maps_to_the_one_that_the_tokenizer_says(family):
+    doubled = family("with_doubled_tokens")
+    of_model, added = doubled.tokenizer.convert_tokens_to_ids(["ĠĠ", "  "])
+    assert doubled.natively("x  y")[1] == added
+    table = own_table(doubled.encoder)
+    assert table.mapping[[of_model, added]].tolist() == [added, added]
+    assert table.exact[[of_model, added]].all()
+    assert table.segment(of_model).tolist() == [added]
 
 
 def test_special_tokens_map_by_role_and_never_by_id(gpt2_like, llama_like):
@@ -125,12 +168,18 @@ def test_special_tokens_map_by_role_and_never_by_id(gpt2_like, llama_like):
         assert not table.exact[token_id]
 
 
-def test_a_special_token_without_a_role_maps_to_nothing(gpt2_like, llama_like):
-    tokenizer = with_chat_tokens(gpt2_like)
-    image = tokenizer.convert_tokens_to_ids("<|image|>")
-    for control in (llama_like.encoder, encoder_of(tokenizer)):
-        table = build_table(read_vocabulary(tokenizer), control)
-        assert (table.mapping[image], table.kinds[image], [*table.segment(image)]) == (-1, Kind.NONE, [])
+def test_a_special_token_without_a_role_maps_to_one_of_its_name_or_to_nothing(gpt2_like, llama_like):
+    target = with_chat_tokens(gpt2_like)
+    image = target.convert_tokens_to_ids("<|image|>")
+    other = copy_of(llama_like)
+    other.add_special_tokens({"additional_special_tokens": ["<|video|>", "<|image|>"]})
+    named = other.convert_tokens_to_ids("<|image|>")
+    for control, expected in ((llama_like.encoder, []), (encoder_of(other), [named])):
+        table = build_table(read_vocabulary(target), control)
+        assert table.segment(image).tolist() == expected
+        assert table.mapping[image] == [*expected, -1][0]
+        assert table.kinds[image] == (Kind.ROLE if expected else Kind.NONE)
+        assert not table.exact[image]
 
 
 @pytest.mark.parametrize("source", ["generation config", "chat template"])
@@ -145,14 +194,58 @@ def test_what_ends_a_turn_maps_to_the_control_s_end(gpt2_like, llama_like, sourc
     assert build_table(target, control).mapping[[2, end_of_turn]].tolist() == [eos, eos]
 
 
-def test_a_control_s_own_end_of_turn_is_not_what_an_end_maps_to(gpt2_like):
+def test_an_end_of_turn_maps_to_the_control_s_own(gpt2_like, llama_like):
+    target = with_chat_tokens(gpt2_like)
+    target.chat_template = CHAT_TEMPLATE
+    control = chat_control(llama_like)
+    vocabulary = read_vocabulary(target)
+    table = build_table(vocabulary, encoder_of(control))
+    (end_of_turn,), (own,) = vocabulary.roles["end_of_turn"], read_vocabulary(control).roles["end_of_turn"]
+    assert control.convert_ids_to_tokens(own) == "<|stop|>"
+    assert table.mapping[[2, end_of_turn]].tolist() == [2, own]
+    assert table.segment(end_of_turn).tolist() == [own]
+
+
+@pytest.mark.parametrize(
+    "template", [None, "{% for message in messages %}{{ message.content }}</s>{% endfor %}"]
+)
+def test_an_eos_that_ends_turns_maps_to_the_control_s_end_of_turn(gpt2_like, llama_like, template):
+    target, control = copy_of(gpt2_like), chat_control(llama_like)
+    target.chat_template = template
+    own = control.convert_tokens_to_ids("<|stop|>")
+    assert build_table(read_vocabulary(target), encoder_of(control)).mapping[2] == own
+
+
+def test_an_end_of_turn_maps_to_an_eos_that_ends_the_control_s_turns(gpt2_like, llama_like):
+    """As Gemma's beside Qwen, whose eos ends turns, and whose further end is that of a text."""
+    target = with_chat_tokens(gpt2_like)
+    target.chat_template = CHAT_TEMPLATE
+    control = chat_control(llama_like, eos_token="<|stop|>")
+    text_end = control.convert_tokens_to_ids("</s>")
+    vocabulary = read_vocabulary(control, eos_ids=[text_end])
+    assert vocabulary.roles["end_of_turn"] == (text_end,)
+    table = build_table(read_vocabulary(target), ByteEncoder(control, vocabulary))
+    own = control.convert_tokens_to_ids("<|stop|>")
+    end_of_turn = target.convert_tokens_to_ids("<|eot|>")
+    assert table.mapping[[2, end_of_turn]].tolist() == [text_end, own]
+
+
+def test_of_several_ends_each_maps_to_that_of_its_name(gpt2_like):
     tokenizer = with_chat_tokens(gpt2_like)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    end_of_turn = tokenizer.convert_tokens_to_ids("<|eot|>")
-    control = encoder_of(tokenizer)
-    table = build_table(control.vocabulary, control)
-    assert control.vocabulary.roles["end_of_turn"] == (end_of_turn,)
-    assert table.mapping[[2, end_of_turn]].tolist() == [2, 2]
+    ends = tokenizer.convert_tokens_to_ids(["<|eot|>", "<|image|>"])
+    vocabulary = read_vocabulary(tokenizer, eos_ids=ends)
+    table = build_table(vocabulary, ByteEncoder(tokenizer, vocabulary))
+    assert table.mapping[[2, *ends]].tolist() == [2, *ends]
+
+
+@pytest.mark.parametrize("role", ["pad", "unk"])
+def test_a_role_that_the_control_s_eos_plays_too_is_no_counterpart(gpt2_like, llama_like, role):
+    target = copy_of(gpt2_like)
+    target.add_special_tokens({f"{role}_token": f"<|{role}|>"})
+    control = copy_of(llama_like, **{f"{role}_token": "</s>"})
+    mapped = build_table(read_vocabulary(target), encoder_of(control)).mapping
+    assert mapped[target.convert_tokens_to_ids(f"<|{role}|>")] in {-1, 0}
+    assert mapped[2] == 2
 
 
 def test_a_token_of_several_roles_is_taken_for_the_end(gpt2_like, llama_like):
@@ -161,12 +254,12 @@ def test_a_token_of_several_roles_is_taken_for_the_end(gpt2_like, llama_like):
     assert table.mapping[2] == 2
 
 
-def test_a_control_without_such_roles_leaves_special_tokens_unmapped(gpt2_like):
-    backend = Tokenizer.from_str(gpt2_like.tokenizer.backend_tokenizer.to_str())
+def test_a_control_without_such_roles_or_names_leaves_special_tokens_unmapped(gpt2_like):
+    backend = Tokenizer.from_str(gpt2_like.tokenizer.backend_tokenizer.to_str().replace('s>"', 'z>"'))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     table = build_table(gpt2_like.vocabulary, encoder_of(tokenizer))
-    assert table.mapping[:3].tolist() == [-1, -1, -1]
-    assert (table.kinds[:3] == Kind.NONE).all()
+    assert table.mapping[1:3].tolist() == [-1, -1]
+    assert (table.kinds[1:3] == Kind.NONE).all()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -246,9 +339,9 @@ def test_a_table_that_can_not_be_kept_is_used_all_the_same(gpt2_like, llama_like
 
 
 def test_a_table_of_a_side_without_any_role_is_built_with_a_warning(gpt2_like, llama_like, tmp_path, caplog):
-    backend = Tokenizer.from_str(llama_like.tokenizer.backend_tokenizer.to_str())
+    backend = Tokenizer.from_str(gpt2_like.tokenizer.backend_tokenizer.to_str())
     control = encoder_of(PreTrainedTokenizerFast(tokenizer_object=backend))
     with caplog.at_level(logging.WARNING):
-        cached_table(gpt2_like.vocabulary, control, tmp_path)
+        cached_table(llama_like.vocabulary, control, tmp_path)
     assert f"the control {control.vocabulary.name!r} has no special token with a role" in caplog.text
     assert "the target" not in caplog.text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trimtab_mappings import ByteEncoder, VocabularyError, read_vocabulary
@@ -172,6 +172,36 @@ def test_steps_that_change_the_text_are_left_out(llama_like):
 
     data = " The ﬁne CAT ".encode()
     assert spelled(changed(llama_like, lower_case), data) == data
+
+
+@pytest.mark.parametrize("pattern", [" ", "[ ]", r"\s", r"\s+", " +", r"\x20", "(?: )"])
+def test_an_expression_that_writes_a_space_as_its_sign_is_kept_for_the_space(llama_like, pattern):
+    def replace(backend):
+        backend.normalizer = normalizers.Replace(Regex(pattern), "▁")
+
+    encoder = changed(llama_like, replace)
+    for data in (b" the cat sat", b"the  cat\t sat\n\non"):
+        assert encoder.encode(data) == llama_like.encoder.encode(data)
+        assert encoder.encode_natively(data) == llama_like.encoder.encode(data)[0]
+
+
+@pytest.mark.parametrize("pattern", ["c", r"\s{2,}", "^ ", "(?<=t) "])
+def test_an_expression_that_is_not_for_every_space_is_left_out(llama_like, pattern):
+    def replace(backend):
+        steps = [normalizers.Replace(" ", "▁"), normalizers.Replace(Regex(pattern), "▁")]
+        backend.normalizer = normalizers.Sequence(steps)
+
+    data = b" the cat  sat"
+    assert changed(llama_like, replace).encode(data) == llama_like.encoder.encode(data)
+
+
+def test_another_sign_for_a_space_is_kept_if_the_decoder_reads_it_so(merging):
+    def replace(backend):
+        backend.normalizer = normalizers.Replace(" ", "Ġ")
+        backend.decoder = decoders.Sequence([decoders.Replace("Ġ", " "), decoders.Fuse()])
+
+    encoder = changed(merging, replace)
+    assert encoder.encode_natively(b"a bc") == encoder.tokenizer.convert_tokens_to_ids(["a", "Ġ", "bc"])
 
 
 def test_added_tokens_do_not_swallow_the_spaces_beside_them(gpt2_like):

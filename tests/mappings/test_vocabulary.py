@@ -140,7 +140,6 @@ def test_both_sources_of_an_end_of_turn_are_taken(gpt2_like):
         pytest.param("{{ messages[-1].content }}", id="writes nothing behind an answer"),
         pytest.param("{{ messages[-1].content }}\nUser:", id="writes plain text behind it"),
         pytest.param("{{ messages[-1].content }}\nUser:<|eot|>", id="writes plain text and then a token"),
-        pytest.param("{{ messages[-1].content }}</s>", id="writes the end of sequence behind it"),
         pytest.param("<|eot|>{{ messages[0].content }}<|eot|>", id="does not write the answer"),
         pytest.param("{{ raise_exception('no') }}<|eot|>", id="refuses the messages"),
         pytest.param("{{ messages[2].content.text }}<|eot|>", id="asks for a third message"),
