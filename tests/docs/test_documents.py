@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -198,6 +199,10 @@ def test_every_command_does_or_is_what_the_document_says(block, request, files):
                 parse(words)
             case ["python", "-m", "vllm.entrypoints.openai.api_server", *flags]:
                 parse_for_vllm(flags)
+            case ["python", "-m", "trimtab_training.evaluation.lm_eval_adapter", *_]:
+                assert importlib.util.find_spec(
+                    words[2]
+                )  # tests/training/evaluation runs it where lm-eval is
             case ["sh", script] | [".venv-clients/bin/python", script] | ["python", script]:
                 assert (ROOT / script).is_file()
             case _:
