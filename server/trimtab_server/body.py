@@ -1,9 +1,9 @@
 """Request bodies: read within limits, and parsed only as far as the gateway needs.
 
-A body can be tens of megabytes, and parsing all of it would stall every other request: Python's lock is held
-meanwhile. So only the top level is parsed, in one fast pass that makes no objects of what is below; a value
-becomes an object when it is read, if it is small enough, and what nobody reads reaches the worker as the
-client wrote it.
+A body can be tens of megabytes. Parsing all of it would stall every other request for seconds: it holds
+Python's lock, also in a thread. So one fast pass parses only the top level, and makes no objects below it.
+A value becomes objects when the gateway reads it, if it is small enough. Every other value reaches the worker
+as the client wrote it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from trimtab_server.budget import ByteBudget
 from trimtab_server.errors import (
     BadRequestError,
     BodyTooLargeError,
+    OverloadedError,
     RequestTimeoutError,
     UnsupportedMediaTypeError,
 )
@@ -28,8 +29,12 @@ from trimtab_server.settings import Settings
 
 SMALL_BODY_BYTES = 2**16
 """Bodies up to this size are parsed at once and not counted: the limits on requests bound their number."""
-MAX_ITEMS = 2**20
-"""Upper bound on commas and brackets in a value that is read: decoding a million takes 0.1 s."""
+MAX_ITEMS = 2**18
+"""Upper bound on commas and brackets in a value that is read: decoding so many objects takes 0.1 s."""
+_ROOM_SECONDS = 30
+"""How long a request waits for room for its body."""
+_PIECE_SECONDS = 30
+"""How long a client may pause within a body."""
 Result = TypeVar("Result")
 _MAX_FIELDS = 50_000
 _MAX_OTHER_BYTES = 2**18
@@ -52,12 +57,18 @@ class JsonObject(MutableMapping[str, Any]):
 
         Raises:
             KeyError: there is no such field.
-            BodyTooLargeError: it has so many values in it that decoding it would stall other requests.
+            BodyTooLargeError: it is so large that decoding it would stall other requests.
+            BadRequestError: it is nested too deeply, or a number in it is too long.
         """
         raw = bytes(self._fields[name])
-        if len(raw) > MAX_ITEMS and sum(raw.count(mark) for mark in (b",", b"[", b"{")) > MAX_ITEMS:
-            raise BodyTooLargeError(f"`{name}` has more than {MAX_ITEMS} values", param=name)
-        return json.loads(raw)
+        if not raw.startswith(b'"'):
+            _require_decodable(name, raw)
+        try:
+            return json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise BadRequestError(
+                f"`{name}` can't be read: {error}", param=name, code="invalid_json"
+            ) from error
 
     def __setitem__(self, name: str, value: Any) -> None:
         self._body = None
@@ -84,7 +95,7 @@ class JsonObject(MutableMapping[str, Any]):
 
 
 class BodyReader:
-    """Reads the bodies of all requests, so that those in memory at once stay within a limit."""
+    """Reads the bodies of all requests, such that those in memory at once stay within a limit."""
 
     def __init__(self, settings: Settings) -> None:
         self._limit = settings.limits.body_bytes
@@ -97,12 +108,19 @@ class BodyReader:
 
         Raises:
             BodyTooLargeError: it has more than `limits.body_bytes`.
-            RequestTimeoutError: it does not arrive within `timeouts.body`.
+            RequestTimeoutError: it does not arrive within `timeouts.body`, or stops midway.
+            OverloadedError: other bodies leave no room for it.
         """
         announced = self._announced(request)
         if announced <= SMALL_BODY_BYTES:
             return await self._read(request)
-        reservation = await self._budget.reserve(announced)
+        try:
+            async with asyncio.timeout(_ROOM_SECONDS):
+                reservation = await self._budget.reserve(announced)
+        except TimeoutError as error:
+            raise OverloadedError(
+                f"Other requests leave no room for a body of {announced} bytes (limits.body_bytes_total)."
+            ) from error
         held.callback(reservation.release)
         body = await self._read(request)
         reservation.shrink(len(body) if len(body) > SMALL_BODY_BYTES else 0)
@@ -137,14 +155,16 @@ class BodyReader:
     async def _read(self, request: Request) -> bytes:
         body = bytearray()
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout(self._seconds), asyncio.timeout(_PIECE_SECONDS) as pause:
                 async for piece in request.stream():
+                    pause.reschedule(asyncio.get_running_loop().time() + _PIECE_SECONDS)
                     body += piece
                     if len(body) > self._limit:
                         raise self._too_large()
         except TimeoutError as error:
             raise RequestTimeoutError(
-                f"The body did not arrive within {self._seconds:g} s (timeouts.body)."
+                f"The body did not arrive within {self._seconds:g} s (timeouts.body), or stopped for"
+                f" {_PIECE_SECONDS} s."
             ) from error
         return bytes(body)
 
@@ -179,8 +199,24 @@ class _LargeFields(msgspec.Struct, gc=False):
     tools: msgspec.Raw = msgspec.Raw()
     documents: msgspec.Raw = msgspec.Raw()
     prompt_embeds: msgspec.Raw = msgspec.Raw()
+    logit_bias: msgspec.Raw = msgspec.Raw()
+    # Of embeddings, scores, classification and pooling.
+    texts: msgspec.Raw = msgspec.Raw()
+    inputs: msgspec.Raw = msgspec.Raw()
+    images: msgspec.Raw = msgspec.Raw()
+    data: msgspec.Raw = msgspec.Raw()
+    data_1: msgspec.Raw = msgspec.Raw()
+    data_2: msgspec.Raw = msgspec.Raw()
+    text_1: msgspec.Raw = msgspec.Raw()
+    text_2: msgspec.Raw = msgspec.Raw()
+    query: msgspec.Raw = msgspec.Raw()
+    queries: msgspec.Raw = msgspec.Raw()
+    # Of the endpoints that undo a rendering.
+    generate_response: msgspec.Raw = msgspec.Raw()
+    generate_responses: msgspec.Raw = msgspec.Raw()
 
 
+_LARGE_NAMES = frozenset(_LargeFields.__struct_fields__)
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _large_fields = msgspec.json.Decoder(_LargeFields)
 
@@ -203,14 +239,26 @@ def parse_object(body: bytes) -> JsonObject:
         raise BadRequestError(message, code="invalid_json") from error
 
 
+def _require_decodable(name: str, raw: bytes) -> None:
+    """Refuse a value that is not a string and takes long to decode: Python's lock is held meanwhile."""
+    if name not in _LARGE_NAMES and len(raw) > SMALL_BODY_BYTES:
+        message = f"`{name}` has {len(raw)} bytes, more than {SMALL_BODY_BYTES}"
+        raise BodyTooLargeError(message, param=name)
+    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > MAX_ITEMS:
+        raise BodyTooLargeError(f"`{name}` has more than {MAX_ITEMS} commas and brackets", param=name)
+
+
 def _require_few_fields(body: bytes) -> None:
     """Refuse so many fields that their names alone would take seconds. A field has a colon and four bytes."""
     if body.count(b":") <= _MAX_FIELDS:
         return
     found = _large_fields.decode(body)
-    others = len(body) - sum(len(bytes(getattr(found, name))) for name in _LargeFields.__struct_fields__)
+    others = len(body) - sum(len(bytes(getattr(found, name))) for name in _LARGE_NAMES)
     if others > _MAX_OTHER_BYTES:
-        raise BodyTooLargeError(f"The body has more than {_MAX_FIELDS} fields beside its prompt")
+        raise BodyTooLargeError(
+            f"The body has more than {_MAX_FIELDS} colons, and {others} bytes outside of the fields that"
+            " hold prompts and texts"
+        )
 
 
 def _fault(body: bytes, error: Exception) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 
 
 class ByteBudget:
-    """`total` bytes; who finds too few left waits for those who came before."""
+    """`total` bytes. A request that finds too few left waits for the earlier ones."""
 
     def __init__(self, total: int) -> None:
         self._left = total
@@ -27,13 +28,16 @@ class ByteBudget:
         return Reservation(self, amount)
 
     def give_back(self, amount: int) -> None:
-        """Let those who wait go on, as far as `amount` more bytes reach."""
+        """Return `amount` bytes, and grant those that are left to the requests that wait, in their order."""
         self._left += amount
-        while self._waiting and self._waiting[0][0] <= self._left:
-            wanted, turn = self._waiting.popleft()
+        while self._waiting:
+            wanted, turn = self._waiting[0]
             if not turn.cancelled():
+                if wanted > self._left:
+                    return
                 self._left -= wanted
                 turn.set_result(None)
+            self._waiting.popleft()
 
     async def _wait(self, amount: int) -> None:
         turn = asyncio.get_running_loop().create_future()
@@ -43,8 +47,9 @@ class ByteBudget:
             await turn
         except asyncio.CancelledError:
             if turn.cancelled():
-                self._waiting.remove(place)
-                self.give_back(0)  # those behind may want fewer bytes
+                with contextlib.suppress(ValueError):  # `give_back` has passed over it already
+                    self._waiting.remove(place)
+                self.give_back(0)  # requests behind it may want fewer bytes
             else:  # they had been granted just before
                 self.give_back(amount)
             raise

@@ -128,6 +128,14 @@ class RateLimitError(ApiError):
     headers = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
 
 
+class OverloadedError(ApiError):
+    """The gateway itself has no room for the request now; nothing was sent."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "overloaded"
+    headers = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
+
+
 class WorkerUnavailableError(ApiError):
     """No worker of the model takes the request: it starts, restarts, or has failed; nothing was sent."""
 

@@ -45,6 +45,11 @@ def boundary_of(request: Request) -> bytes | None:
         return None
     if not options.get(b"boundary"):
         raise BadRequestError("Content-Type multipart/form-data must have a boundary", code="invalid_form")
+    charset = options.get(b"charset", b"utf-8").lower()
+    if charset not in (b"utf-8", b"utf8", b"us-ascii"):  # the worker would read other names than the gateway
+        raise BadRequestError(
+            f"`charset` of a form must be utf-8, got {charset.decode('latin-1')[:80]!r}", code="invalid_form"
+        )
     return options[b"boundary"]
 
 

@@ -22,15 +22,15 @@ class Lane:
         """By model, the next one first; no model without work."""
 
     async def run(self, model: str, work: Callable[[], Result]) -> Result:
-        """Return the result of `work`. Who is cancelled while waiting takes no thread."""
+        """Return the result of `work`. A caller that is cancelled while it waits takes no thread."""
         await self._enter(model)
         loop = asyncio.get_running_loop()
 
         def done(_: Future[Result]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self._leave)
 
-        # Whoever is cancelled now leaves a thread that is busy: it counts until it has ended.
+        # A caller that is cancelled now leaves a busy thread, which counts until the work has ended.
         running = self._executor.submit(work)
         running.add_done_callback(done)
         return await asyncio.wrap_future(running)
@@ -52,16 +52,20 @@ class Lane:
 
     def _leave(self) -> None:
         """Give a thread to the next model, which then is the last in turn."""
-        if not self._waiting:
-            self._free += 1
-            return
-        model, turns = next(iter(self._waiting.items()))
-        del self._waiting[model]
-        turns.popleft().set_result(None)
-        if turns:
-            self._waiting[model] = turns
+        while self._waiting:
+            model, turns = next(iter(self._waiting.items()))
+            turn = turns.popleft()
+            del self._waiting[model]
+            if turns:
+                self._waiting[model] = turns
+            if not turn.cancelled():
+                turn.set_result(None)
+                return
+        self._free += 1
 
     def _forget(self, model: str, turn: asyncio.Future[None]) -> None:
-        self._waiting[model].remove(turn)
-        if not self._waiting[model]:
-            del self._waiting[model]
+        turns = self._waiting.get(model)
+        if turns is not None and turn in turns:  # else `_leave` has passed over it already
+            turns.remove(turn)
+            if not turns:
+                del self._waiting[model]

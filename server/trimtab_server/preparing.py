@@ -54,14 +54,13 @@ class Preparer:
             self._require_short(model, chat)
         return chat
 
-    async def xargs(self, model: Model, choices: Choices, chat: Chat | None, size: int) -> dict[str, Any]:
+    async def xargs(self, model: Model, choices: Choices, chat: Chat | None) -> dict[str, Any]:
         """Return what the plugin is told of a request's controls.
 
         Args:
             model: the model that gets the request; models take turns.
             choices: the controls, at least one.
             chat: the conversation, for prompts of the controls' own; None: the target's prompt is theirs.
-            size: the bytes of the body.
 
         Raises:
             BadRequestError: a control's template rejects the messages.
@@ -71,7 +70,7 @@ class Preparer:
         for choice in choices:
             prompt = None
             if chat is not None and choice.control.prompter is not None:
-                prompt = await self._run(model, size, self._encoding(choice.control.prompter, chat))
+                prompt = await self._run(model, chat.size, self._encoding(choice.control.prompter, chat))
             parameters.append(choice.parameters(prompt))
         return to_xargs(parameters)
 

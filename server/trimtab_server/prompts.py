@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,7 +26,7 @@ class Chat:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Its bytes as JSON: what rendering and tokenizing it costs grows with them."""
         return len(msgspec.json.encode(self.messages))

@@ -161,7 +161,7 @@ async def generate(request: Request, here: Here) -> Response:
 
     async def prepared() -> bytes:
         if choices:
-            own = await here.preparer.xargs(model, choices, chat, len(body))
+            own = await here.preparer.xargs(model, choices, chat)
             payload[XARGS] = {**_xargs(payload), **own}
         return payload.encode()
 

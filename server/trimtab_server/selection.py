@@ -23,6 +23,8 @@ ALIAS = ":"
 MAX_DIGITS = 400
 """Maximum length of a number in a header or an alias; Python itself refuses to convert very long ones."""
 OFF, ON = "off", "on"
+_MAX_ALIAS = 1024
+"""Characters. The answer to an alias repeats it, a stream in every event."""
 _TERM = re.compile(
     r"(?P<name>[^=;,\s]+)(=(?P<strength>[^=;,\s]+))?(?P<options>(;\s*(top_k|routing)=[^=;,\s]+)*)"
 )
@@ -86,6 +88,10 @@ def split_alias(model: Any) -> tuple[Any, str | None]:
     if not isinstance(model, str) or ALIAS not in model:
         return model, None
     name, _, said = model.partition(ALIAS)
+    if len(said) > _MAX_ALIAS:
+        raise BadRequestError(
+            f"`model` has {len(said)} characters behind {ALIAS!r}, more than {_MAX_ALIAS}", param="model"
+        )
     return name, said
 
 

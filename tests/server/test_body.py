@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -92,19 +92,41 @@ LARGE = {
 
 @pytest.mark.parametrize("kind", LARGE)
 def test_a_large_body_is_parsed_without_an_object_for_what_is_in_it(kind):
-    """Each takes a second and more with a parser that makes them; half a second is for busy machines."""
-    began = time.process_time()
+    tracemalloc.start()
     parsed = parse_object(LARGE[kind])
-    assert time.process_time() - began < 0.5
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     assert len(parsed) == 1
+    # Python decodes the text once, to see that it is UTF-8; objects take up to twenty times its bytes.
+    assert peak < 7 * len(LARGE[kind])
 
 
 @pytest.mark.parametrize("kind", ["lists", "objects", "numbers"])
 def test_a_value_with_a_million_values_in_it_is_not_decoded(kind):
     parsed = parse_object(LARGE[kind])
-    with pytest.raises(BodyTooLargeError, match=f"has more than {MAX_ITEMS} values") as caught:
+    with pytest.raises(BodyTooLargeError, match=f"has more than {MAX_ITEMS} commas") as caught:
         list(parsed.values())
     assert caught.value.param in parsed
+
+
+@pytest.mark.parametrize("name", ["model", "control", "vllm_xargs"])
+def test_what_has_no_reason_to_be_large_is_not_decoded_if_it_is(name):
+    parsed = parse_object(json.dumps({name: {"a": [[1.5]] * 20_000}}).encode())
+    with pytest.raises(BodyTooLargeError, match=f"`{name}` has 1.* bytes, more than 65536"):
+        parsed.get(name)
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 990 + "]" * 990])
+def test_what_python_can_not_read_is_the_requests_fault(value):
+    with pytest.raises(BadRequestError) as caught:
+        dict(parse_object(f'{{"model": {value}}}'.encode()))
+    assert caught.value.code == "invalid_json"
+
+
+@pytest.mark.parametrize("name", ["text_2", "queries", "texts", "generate_response"])
+def test_colons_within_the_texts_of_other_endpoints_are_no_fields(name):
+    body = json.dumps({"model": "m", name: ["12:00:00 ok: done"] * 20_000}).encode()
+    assert set(parse_object(body)) == {"model", name}
 
 
 def test_a_long_text_is_decoded_whatever_is_in_it():
@@ -114,12 +136,10 @@ def test_a_long_text_is_decoded_whatever_is_in_it():
 
 def test_a_million_fields_are_refused_before_their_names_are_made():
     fields = b",".join(b'"k%d":1' % i for i in range(500_000))
-    began = time.process_time()
-    with pytest.raises(BodyTooLargeError, match="fields"):
+    with pytest.raises(BodyTooLargeError, match="outside of the fields"):
         parse_object(b"{" + fields + b"}")
-    with pytest.raises(BodyTooLargeError, match="fields"):
+    with pytest.raises(BodyTooLargeError, match="outside of the fields"):
         parse_object(b"{" + b",".join([b'"model":1'] * 500_000) + b"}")
-    assert time.process_time() - began < 0.5
 
 
 def test_colons_within_a_prompt_are_no_fields():
@@ -175,6 +195,22 @@ def test_who_gives_up_waiting_lets_the_next_one_go_on():
         assert small.done()
         first.release()
         (await small).release()
+        assert budget.left == 10
+
+    asyncio.run(scenario())
+
+
+def test_who_is_cancelled_just_before_bytes_are_given_back_holds_up_nobody():
+    async def scenario() -> None:
+        budget = ByteBudget(10)
+        first = await budget.reserve(10)
+        gone, next_one = (asyncio.ensure_future(budget.reserve(n)) for n in (7, 5))
+        await _settled()
+        gone.cancel()
+        first.release()
+        await _settled()
+        assert gone.cancelled()
+        (await next_one).release()
         assert budget.left == 10
 
     asyncio.run(scenario())

@@ -87,6 +87,22 @@ def test_who_leaves_while_waiting_costs_nothing():
     asyncio.run(scenario())
 
 
+def test_who_leaves_just_as_the_thread_becomes_free_holds_up_nobody():
+    async def scenario() -> None:
+        lane = Lane("test", 1)
+        await lane._enter("m")
+        gone, next_one = (asyncio.ensure_future(lane._enter("m")) for _ in range(2))
+        await settled()
+        gone.cancel()
+        lane._leave()  # before the one that is cancelled has run
+        await asyncio.wait_for(next_one, 10)
+        assert gone.cancelled()
+        lane._leave()
+        assert await lane.run("m", lambda: 1) == 1
+
+    asyncio.run(scenario())
+
+
 def test_who_leaves_while_working_keeps_the_thread_until_the_work_has_ended():
     async def scenario() -> None:
         ran: list[str] = []

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
 
 import pytest
 
+from trimtab_server import body
 from trimtab_server.preparing import Preparer
 from trimtab_server.prompts import Prompter
 
 
 def said(content: str) -> list[dict]:
     return [{"role": "user", "content": content}]
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -30,7 +39,7 @@ LONG = "a long story " * 100_000
 
 
 @pytest.mark.parametrize(
-    ("path", "body"),
+    ("path", "payload"),
     [
         ("/v1/chat/completions", {"messages": said(LONG)}),
         ("/v1/chat/completions", {"messages": said([{"type": "text", "text": LONG}])}),
@@ -42,9 +51,9 @@ LONG = "a long story " * 100_000
     ],
 )
 def test_a_conversation_beyond_the_limit_is_refused_before_it_is_tokenized(
-    two_models, untokenized, path, body
+    two_models, untokenized, path, payload
 ):
-    response = two_models.client.post(path, json={"model": "plain", "control": "one", **body})
+    response = two_models.client.post(path, json={"model": "plain", "control": "one", **payload})
     assert response.status_code == 413
     assert "limits.control_prompt_bytes" in response.text
     assert two_models.asked("plain") == []
@@ -106,44 +115,68 @@ def test_a_long_prompt_holds_up_no_short_one_of_another_model(two_models, monkey
 
 def test_it_is_tokenized_within_its_turn(start, pack, monkeypatch):
     """A model that has all its requests tokenizes nothing for those that wait."""
-    began = []
+    began, going_on = [], threading.Event()
     xargs = Preparer.xargs
 
     async def watched(self, model, *others):
         began.append(model.name)
+        while not going_on.is_set():  # noqa: ASYNC110 - the test's thread sets it
+            await asyncio.sleep(0.01)
         return await xargs(self, model, *others)
 
     monkeypatch.setattr(Preparer, "xargs", watched)
     gateway = start(controls={"one": str(pack)}, limits={"concurrent": 1, "queued": 1})
-    slow = threading.Thread(target=lambda: gateway.chat(model="m", control="one", fake={"delay": 1}))
-    slow.start()
-    while not gateway.asked("m"):
-        time.sleep(0.01)
-    waiting = threading.Thread(target=lambda: gateway.chat(model="m", control="one"))
-    waiting.start()
-    time.sleep(0.3)
+    statuses = []
+
+    def ask() -> None:
+        statuses.append(gateway.chat(model="m", control="one").status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: statuses == [429])  # one has its turn, one waits, and for one there is no place
     assert began == ["m"]
-    assert gateway.chat(model="m", control="one").status_code == 429
-    slow.join(30)
-    waiting.join(30)
+    going_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert statuses == [429, 200, 200]
     assert began == ["m", "m"]
 
 
 def test_bodies_beyond_the_room_for_them_wait_until_others_have_their_answers(start):
     """Each takes more than half of it."""
     gateway = start(limits={"body_bytes": 2**20, "body_bytes_total": 2**20})
-    body = json.dumps({"model": "m", "prompt": "x" * 700_000, "fake": {"delay": 0.3}})
-    began = time.monotonic()
+    large = json.dumps({"model": "m", "prompt": "x" * 700_000, "fake": {"delay": 1}})
     statuses = []
-    threads = [
-        threading.Thread(target=lambda: statuses.append(gateway.post(body, "/v1/completions").status_code))
-        for _ in range(3)
-    ]
+
+    def ask() -> None:
+        statuses.append(gateway.post(large, "/v1/completions").status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
         thread.start()
-    assert gateway.client.get("/health").status_code == 200
+    wait_until(lambda: gateway.asked("m"))
     assert gateway.chat(model="m").status_code == 200  # a small one takes no room
+    assert len(gateway.asked("m")) == 2  # that one, and one of the large ones
     for thread in threads:
         thread.join(30)
-    assert statuses == [200] * 3
-    assert time.monotonic() - began > 0.9
+    assert statuses == [200, 200]
+
+
+def test_a_body_for_which_there_is_no_room_is_503_after_a_while(start, monkeypatch):
+    monkeypatch.setattr(body, "_ROOM_SECONDS", 0.2)
+    gateway = start(limits={"body_bytes": 2**20, "body_bytes_total": 2**20})
+    slow = json.dumps({"model": "m", "prompt": "x" * 700_000, "fake": {"delay": 3}})
+    holding = threading.Thread(target=gateway.post, args=(slow, "/v1/completions"))
+    holding.start()
+    wait_until(lambda: gateway.asked("m"))
+    response = gateway.post(slow, "/v1/completions")
+    assert (response.status_code, gateway.error(response)["code"]) == (503, "overloaded")
+    assert "retry-after" in response.headers
+    holding.join(30)
+
+
+def test_a_long_alias_is_refused(two_models):
+    response = two_models.chat(model="plain:" + " " * 2000 + "one")
+    assert (response.status_code, two_models.error(response)["param"]) == (400, "model")
+    assert len(response.text) < 500

@@ -218,3 +218,13 @@ def test_the_openai_sdk_transcribes_by_an_alias(start, pack):
         raw = client.audio.transcriptions.with_raw_response.create(file=("a.wav", AUDIO), model="b:one=1")
     assert raw.headers["x-from-worker"] == "b"
     assert 'name="model"\r\n\r\nb\r\n' in json.loads(raw.content)["body"]
+
+
+def test_a_form_in_another_charset_is_refused(start):
+    """The worker would find fields in it whose names the gateway can't read."""
+    gateway = start()
+    body = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--x--\r\n'
+    for charset, status in (("utf-16-le", 400), ("unicode_escape", 400), ("UTF-8", 202)):
+        headers = {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+        response = gateway.client.post("/v1/audio/transcriptions", content=body, headers=headers)
+        assert response.status_code == status

@@ -186,7 +186,7 @@ def test_an_output_directory_with_something_in_it_is_refused(make_recipe):
 def test_only_a_training_is_overwritten(make_recipe, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    with pytest.raises(TrainingError, match="holds no training, so it is not overwritten"):
+    with pytest.raises(TrainingError, match="is not the directory of a training alone"):
         train(make_recipe(overwrite_output_dir=True))
     assert (tmp_path / "out" / "thesis.tex").is_file()
 
@@ -329,3 +329,12 @@ def test_a_run_generates_the_answers_that_it_retains(make_recipe, template, data
     again, _ = train(make_recipe(template=own, datasets=[given], output_dir=tmp_path / "second"))
     assert again == losses
     assert kept.stat().st_mtime_ns == before
+
+
+def test_a_project_in_which_the_command_runs_is_never_overwritten(make_recipe, tmp_path, monkeypatch):
+    recipe = make_recipe(max_steps=1, overwrite_output_dir=True)
+    train(recipe)
+    (recipe.output_dir / "notes").mkdir()
+    monkeypatch.chdir(recipe.output_dir / "notes")
+    with pytest.raises(TrainingError, match="is not the directory of a training alone"):
+        train(recipe)

@@ -16,7 +16,7 @@ from trimtab_processors.pack import Pack
 from trimtab_training.control.data import DataFacts
 from trimtab_training.control.recipe import TrainRecipe
 
-RECIPE_FILE = "recipe.yaml"
+RECIPE_FILE = "training_recipe.yaml"
 _LAST_STEPS = 20
 _PACKAGES = ("trimtab", "torch", "transformers", "accelerate")
 

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -214,11 +215,10 @@ def _require_output_dir(recipe: TrainRecipe) -> None:
                 " from its last"
                 " checkpoint, `overwrite_output_dir: true` to delete it, or name another directory"
             )
-        if not (directory / RECIPE_FILE).is_file():
+        if not (directory / RECIPE_FILE).is_file() or Path.cwd().is_relative_to(directory.resolve()):
             raise TrainingError(
-                f"`output_dir` {directory} is not empty and holds no training, so it is not overwritten."
-                " Name another"
-                " directory"
+                f"`output_dir` {directory} is not empty and is not the directory of a training alone, so it"
+                " is not overwritten. Name another directory"
             )
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
