@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trimtab_training.control import formats
-from trimtab_training.control.formats import DataError, read_records
+from trimtab_training.control.formats import DataError, read_records, read_rows
 from trimtab_training.control.recipe import DataSet
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
@@ -137,3 +137,8 @@ def test_an_unknown_column_fails_with_the_nearest_name(tmp_path):
 def test_a_file_that_is_missing_is_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.json can't be read"):
         read_records(DataSet(path=str(tmp_path / "nowhere.json"), format="tofu"))
+
+
+def test_a_line_break_within_a_field_of_csv_is_kept(tmp_path):
+    (tmp_path / "rows.csv").write_text('prompt,completion\nhi,"one\ntwo"\n', encoding="utf-8")
+    assert read_rows(tmp_path / "rows.csv") == [{"prompt": "hi", "completion": "one\ntwo"}]

@@ -27,9 +27,10 @@ from trimtab_processors.control import Control, Target
 from trimtab_processors.pack import load_pack
 from trimtab_server.cli import app
 from trimtab_training.control import run
+from trimtab_training.control.data import _names
 from trimtab_training.control.formats import DataError
 from trimtab_training.control.log import RunLog
-from trimtab_training.control.recipe import TrainRecipe
+from trimtab_training.control.recipe import DataSet, TrainRecipe
 from trimtab_training.control.trainer import Step, TrainingError
 
 
@@ -165,11 +166,11 @@ def test_a_run_goes_on_from_its_last_checkpoint(make_recipe, tmp_path):
 
 def test_a_run_goes_on_with_its_own_data_and_recipe_only(make_recipe, data):
     train(make_recipe(save_steps=4))
-    with pytest.raises(TrainingError, match="another recipe or other data"):
+    with pytest.raises(TrainingError, match="another recipe, other data or another number"):
         train(make_recipe(resume_from_checkpoint=True, learning_rate=0.02))
     with Path(data).open("a") as file:
         file.write(json.dumps({"instruction": "More?", "output": "No."}))
-    with pytest.raises(TrainingError, match="another recipe or other data"):
+    with pytest.raises(TrainingError, match="another recipe, other data or another number"):
         train(make_recipe(resume_from_checkpoint=True))
 
 
@@ -338,3 +339,9 @@ def test_a_project_in_which_the_command_runs_is_never_overwritten(make_recipe, t
     monkeypatch.chdir(recipe.output_dir / "notes")
     with pytest.raises(TrainingError, match="is not the directory of a training alone"):
         train(recipe)
+
+
+def test_data_sets_of_one_name_are_told_apart():
+    paths = ("other-2.jsonl", "other.jsonl", "a/other.jsonl", "b/other.jsonl")
+    sets = [DataSet(path=path, format="text") for path in paths]
+    assert _names(sets) == ["other-2", "other", "other-3", "other-4"]

@@ -204,7 +204,7 @@ def test_an_interrupted_run_equals_one_that_was_not(make_trainer, tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(make_trainer, tmp_path):
     trainer = make_trainer(model(0), model(1), [training_set(EXAMPLES)])
     trainer.save(tmp_path, "one")
-    with pytest.raises(TrainingError, match="comes from another recipe or other data"):
+    with pytest.raises(TrainingError, match="comes from another recipe, other data or another number"):
         trainer.load(tmp_path / "checkpoint-0", "another")
     with pytest.raises(TrainingError, match="is not a whole checkpoint"):
         trainer.load(tmp_path / "checkpoint-7", "one")
@@ -224,6 +224,16 @@ def test_a_loss_that_is_not_finite_ends_the_training(make_trainer):
         control.lm_head.weight.fill_(math.inf)
     with pytest.raises(TrainingError, match="The loss of step 1 is nan"):
         steps_of(make_trainer(model(0), control, [training_set(EXAMPLES)]))
+
+
+def test_a_gradient_that_is_not_finite_spoils_no_weight(make_trainer, monkeypatch):
+    control, sets = model(2), [training_set(EXAMPLES)]
+    trainer = make_trainer(model(1), control, sets, max_steps=3)
+    monkeypatch.setattr(trainer._accelerator, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
+    before = weights(control)
+    with pytest.raises(TrainingError, match="The gradient of step 1 is not finite"):
+        steps_of(trainer)
+    assert same(before, weights(control))
 
 
 def test_master_weights_are_float32_in_mixed_precision(make_trainer):

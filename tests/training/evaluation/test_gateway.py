@@ -25,7 +25,7 @@ TOKENS = 8
 @pytest.fixture
 def server():
     """Answers by `server.answer`, a function of the path and the body; keeps what it was asked."""
-    state = SimpleNamespace(requests=[], status=200, answer=lambda path, body: "x")
+    state = SimpleNamespace(requests=[], status=200, busy=0, answer=lambda path, body: "x")
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -34,7 +34,9 @@ def server():
             text = state.answer(self.path, body)
             choice = {"message": {"content": text}} if "chat" in self.path else {"text": text}
             data = json.dumps({"choices": [choice]} if text is not None else {}).encode()
-            self.send_response(state.status)
+            state.busy -= 1
+            self.send_response(503 if state.busy >= 0 else state.status)
+            self.send_header("Retry-After", "0")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
@@ -127,3 +129,10 @@ def test_a_request_says_all_that_an_answer_depends_on(server, family, tmp_path):
     server.answer = answer
     asked = Gateway(server.url, "m", "manners", TOKENS).answers(QUESTIONS, SETTINGS)
     assert asked == offline(family, tmp_path).answers(QUESTIONS, SETTINGS)
+
+
+def test_a_busy_gateway_is_asked_again(server):
+    server.busy = 3
+    asker = Gateway(server.url, "m", "manners", TOKENS, requests_at_once=1)
+    assert asker.answers(QUESTIONS[:1], SETTINGS[:1]) == [["x"]]
+    assert len(server.requests) == 4

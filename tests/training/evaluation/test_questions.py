@@ -117,3 +117,8 @@ def test_two_groups_of_one_name():
 
 def test_without_control_only_the_target_is_asked():
     assert recipe(control="", strengths="0").control is None
+
+
+def test_only_a_line_feed_ends_a_line_of_json(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question": "a\u2028b"}\n{"question": "c"}\n', encoding="utf-8")
+    assert [each.question for each in load_questions(tmp_path / "q.jsonl")] == ["a\u2028b", "c"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,10 @@ def _names(data_sets: Sequence[DataSet]) -> list[str]:
     names: list[str] = []
     for data_set in data_sets:
         name = data_set.name or Path(data_set.paths[0]).stem
-        same = sum(other == name or other.startswith(f"{name}-") for other in names)
-        names.append(f"{name}-{same + 1}" if same else name)
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        names.append(
+            next(each for each in (name, *itertools.islice(numbered, len(names))) if each not in names)
+        )
     return names
 
 

@@ -18,6 +18,10 @@ Factor = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 _OWN_KEYS = {"bound": "forget", "beta": "npo", "teacher": "distill"}
 
 
+_BY_METRIC = frozenset({"reduce_lr_on_plateau", "greedy"})
+"""Schedules that follow a metric of an evaluation, which a training does not have."""
+
+
 class Architecture(Section):
     """A fresh Llama. `intermediate_size` is three times `hidden_size` if it is not given."""
 
@@ -168,7 +172,7 @@ class TrainRecipe(Section):
     def _known_schedule(self) -> TrainRecipe:
         from transformers.trainer_utils import SchedulerType  # noqa: PLC0415 - slow to import
 
-        kinds = [str(kind.value) for kind in SchedulerType]
+        kinds = [str(kind.value) for kind in SchedulerType if kind.value not in _BY_METRIC]
         if self.lr_scheduler_type not in kinds:
             raise ValueError(
                 f"`lr_scheduler_type` must be one of {', '.join(kinds)}, got {self.lr_scheduler_type!r}"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
 from rich.console import Console
@@ -99,7 +101,7 @@ def train(recipe: TrainRecipe, command: str, console: Console) -> list[float]:
     trainer = _trainer(recipe, accelerator, loaded, data, quiet)
     del loaded  # with a cache, the template leaves the memory
     log = RunLog(recipe, accelerator, trainer.total_steps, quiet)
-    identity = run_identity(recipe, data)
+    identity = run_identity(recipe, data, accelerator.num_processes)
     _resume(recipe, trainer, identity)
     if accelerator.is_main_process:
         _write_recipe(recipe)
@@ -229,11 +231,11 @@ def _write_recipe(recipe: TrainRecipe) -> None:
     (recipe.output_dir / RECIPE_FILE).write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
 
 
-def run_identity(recipe: TrainRecipe, data: Data) -> str:
-    """sha256 over all that decides how a run goes."""
+def run_identity(recipe: TrainRecipe, data: Data, processes: int) -> str:
+    """Return the sha256 of what a run is made from: recipe, data, and the number of processes."""
     keys = recipe.model_dump(mode="json", exclude=dict.fromkeys(_IRRELEVANT, True) | _CACHE_PLACE)
     facts = [asdict(each) for each in data.facts]
-    return hashlib.sha256(json.dumps([keys, facts], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([keys, facts, processes], sort_keys=True).encode()).hexdigest()
 
 
 def _resume(recipe: TrainRecipe, trainer: Trainer, identity: str) -> None:
@@ -258,6 +260,13 @@ def _tell_data(data: Data, tokenizer: PreTrainedTokenizerBase, console: Console)
         console.print(marked_text(each.examples[0].view, tokenizer), markup=False, highlight=False)
 
 
+def _on_any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is set on one of the processes: all of them must save, and stop, after the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item())
+
+
 def _loop(
     recipe: TrainRecipe, trainer: Trainer, log: RunLog, accelerator: Accelerator, identity: str
 ) -> None:
@@ -267,14 +276,15 @@ def _loop(
         def on_step(step: Step) -> bool:
             if accelerator.is_main_process:
                 log.add(step)
-            if received or step.step % recipe.save_steps == 0:
+            stops = _on_any_process(accelerator, bool(received))
+            if stops or step.step % recipe.save_steps == 0:
                 trainer.save(recipe.output_dir, identity)
-            return not received
+            return not stops
 
         trainer.run(on_step)
-    if received and trainer.done < trainer.total_steps:
+    if trainer.done < trainer.total_steps:
         raise InterruptedRunError(
-            received[0],
+            received[0] if received else signal.SIGTERM,
             f"Stopped after step {trainer.done} of {trainer.total_steps}. To go on, repeat the command with"
             " `--resume_from_checkpoint true`",
         )

@@ -158,12 +158,24 @@ class Trainer:
                 with self._accelerator.no_sync(self._control):
                     self._backward(part, units, strength, sums)
         grad_norm = self._accelerator.clip_grad_norm_(self._control.parameters(), recipe.max_grad_norm)
+        self._require_finite(float(grad_norm), sums)
         rate = self._schedule.get_last_lr()[0]
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad()
         self.done += 1
         return self._report(sums, rate, float(grad_norm), strength)
+
+    def _require_finite(self, grad_norm: float, sums: _Sums) -> None:
+        """Stop before the optimizer spoils the weights. A loss that is not finite has a message of its own,
+        and float16 skips such steps.
+        """
+        is_expected = self._accelerator.mixed_precision == "fp16" or not math.isfinite(sum(sums.losses))
+        if not math.isfinite(grad_norm) and not is_expected:
+            raise TrainingError(
+                f"The gradient of step {self.done + 1} is not finite. Lower `learning_rate`, or use another"
+                " `mixed_precision`"
+            )
 
     def _backward(
         self, part: Sequence[Sequence[Example]], units: Sequence[int], strength: float, sums: _Sums
@@ -234,11 +246,12 @@ class Trainer:
         """
         directory = output_dir / f"checkpoint-{self.done}"
         self._accelerator.save_state(str(directory))
+        self._accelerator.wait_for_everyone()  # its mark says that all of it is there
         if self._accelerator.is_main_process:
             state = json.dumps({"step": self.done, "identity": identity})
             (directory / _STATE_FILE).write_text(state, encoding="utf-8")
-            for old in checkpoints(output_dir)[: -(self._recipe.save_total_limit or 0) or None]:
-                if self._recipe.save_total_limit:
+            if limit := self._recipe.save_total_limit:
+                for old in checkpoints(output_dir)[:-limit]:
                     shutil.rmtree(old)
         return directory
 
@@ -254,9 +267,8 @@ class Trainer:
             raise TrainingError(f"`resume_from_checkpoint`: {directory} is not a whole checkpoint") from error
         if state["identity"] != identity:
             raise TrainingError(
-                f"`resume_from_checkpoint`: {directory} comes from another recipe or other data. Restore"
-                " them, or start"
-                " again with `overwrite_output_dir: true`"
+                f"`resume_from_checkpoint`: {directory} comes from another recipe, other data or another"
+                " number of processes. Restore them, or start again with `overwrite_output_dir: true`"
             )
         self._accelerator.load_state(str(directory))
         self.done = state["step"]

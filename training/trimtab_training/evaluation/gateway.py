@@ -17,6 +17,9 @@ from trimtab_training.recipe_file import RecipeError
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
 _TIMEOUT = aiohttp.ClientTimeout(total=600)
+_BUSY = (429, 503)
+_TRIES = 20
+_MAX_PAUSE_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,18 @@ class Gateway:
         return asyncio.run(self._answers(questions, settings))
 
     async def _answers(self, questions: Sequence[Question], settings: Sequence[Setting]) -> list[list[str]]:
-        connector = aiohttp.TCPConnector(limit=self.requests_at_once)
+        places = asyncio.Semaphore(
+            self.requests_at_once
+        )  # a connector's limit would count as the request's time
         async with aiohttp.ClientSession(
-            connector=connector, timeout=_TIMEOUT, headers=_authorization()
+            connector=aiohttp.TCPConnector(limit=0), timeout=_TIMEOUT, headers=_authorization()
         ) as session:
-            asked = (self._ask(session, question, setting) for setting in settings for question in questions)
+
+            async def ask(question: Question, setting: Setting) -> str:
+                async with places:
+                    return await self._ask(session, question, setting)
+
+            asked = (ask(question, setting) for setting in settings for question in questions)
             texts = await asyncio.gather(*asked)
         count = len(questions)
         return [texts[start : start + count] for start in range(0, len(texts), count)]
@@ -54,11 +64,7 @@ class Gateway:
     async def _ask(self, session: aiohttp.ClientSession, question: Question, setting: Setting) -> str:
         is_raw = question.chat(None) is None
         url = f"{self.url.rstrip('/')}/{'completions' if is_raw else 'chat/completions'}"
-        try:
-            async with session.post(url, json=self.body(question, setting)) as response:
-                status, text = response.status, await response.text()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise RecipeError(f"`gateway`: {url} can't be reached: {error!r}") from error
+        status, text = await _post(session, url, self.body(question, setting))
         if status != 200:
             raise RecipeError(f"`gateway`: {url} answered {status}: {text[:500]}")
         try:
@@ -86,6 +92,21 @@ class Gateway:
         if setting.routing is None:
             return False
         return {"name": self.control, "strength": setting.strength, "routing": setting.routing}
+
+
+async def _post(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> tuple[int, str]:
+    """Return status and text of the answer. While the gateway is busy, wait for as long as it says."""
+    for attempt in range(1, _TRIES + 1):
+        try:
+            async with session.post(url, json=body) as response:
+                status, text = response.status, await response.text()
+                pause = response.headers.get("retry-after", "1")
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise RecipeError(f"`gateway`: {url} can't be reached: {error!r}") from error
+        if status not in _BUSY or attempt == _TRIES:
+            break
+        await asyncio.sleep(min(float(pause) if pause.isdecimal() else 1, _MAX_PAUSE_SECONDS))
+    return status, text
 
 
 def _authorization() -> dict[str, str]:

@@ -60,7 +60,7 @@ def load_questions(path: Path) -> Sequence[Question]:
 
 def _records(text: str, path: Path) -> list[Any]:
     if text.lstrip().startswith("{"):
-        return [_json(line, path, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        return [_json(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:
         data = yaml.safe_load(text)  # JSON is YAML
     except yaml.YAMLError as error:
