@@ -130,6 +130,14 @@ def train(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_MOUNTED, add_help_option=False)
+def recipes(context: typer.Context) -> None:
+    """List and copy the recipes that come with Trimtab."""
+    from trimtab_training.control.recipes_cli import app as mapped
+
+    mapped(context.args, prog_name="trimtab recipes")
+
+
+@app.command(context_settings=_MOUNTED, add_help_option=False)
 def world(context: typer.Context) -> None:
     """Make the small world: models and a control to try everything with."""
     from trimtab_training.cli import app as mapped

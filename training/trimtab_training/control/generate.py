@@ -14,6 +14,7 @@ Prompt = tuple[int, ...]
 Generate = Callable[[Sequence[Prompt], int], list[list[int]]]
 """Gives an answer of at most so many tokens to each prompt, all as token ids."""
 _BATCH = 16
+_KEPT = 64  # answers in a file
 
 
 @torch.no_grad()
@@ -60,6 +61,10 @@ def kept_answers(directory: Path, fingerprint: str, generate: Generate) -> Gener
     """Wrap `generate`, so that what it gave is read from `directory` the next time."""
 
     def read_or_generate(prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
+        parts = [prompts[start : start + _KEPT] for start in range(0, len(prompts), _KEPT)]
+        return [answer for part in parts for answer in read_or_generate_part(part, max_new_tokens)]
+
+    def read_or_generate_part(prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
         contents = json.dumps([fingerprint, max_new_tokens, list(prompts)])
         path = directory / f"{hashlib.sha256(contents.encode()).hexdigest()}.json"
         if path.is_file():

@@ -1,0 +1,83 @@
+"""The recipes that come with the package."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+import tiny
+from trimtab_server.cli import app
+from trimtab_training.control.data import read_data
+from trimtab_training.control.examples import ExampleEncoder, View
+from trimtab_training.control.formats import HUB_PREFIX, Record
+from trimtab_training.control.recipe import TrainRecipe
+from trimtab_training.control.recipes_cli import RECIPES, recipe_names
+from trimtab_training.recipe_file import read_recipe
+
+
+def read(name: str) -> TrainRecipe:
+    return read_recipe(TrainRecipe, RECIPES / name / "recipe.yaml")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_can_be_read(name):
+    assert read(name).description
+
+
+def test_the_list_says_what_each_one_does():
+    result = CliRunner().invoke(app, ["recipes", "list"])
+    lines = dict(line.split("  ", 1) for line in result.output.splitlines())
+    assert [name.strip() for name in lines] == recipe_names()
+    assert all(said.strip().endswith(".") for said in lines.values())
+
+
+def test_a_recipe_is_copied_with_its_data(tmp_path):
+    result = CliRunner().invoke(app, ["recipes", "copy", "capitals", str(tmp_path / "mine")])
+    assert result.exit_code == 0
+    assert "trimtab train recipe.yaml" in result.output
+    names = {path.name for path in (tmp_path / "mine").iterdir()}
+    assert {"recipe.yaml", "european_capitals.jsonl", "general.jsonl"} <= names
+
+
+def test_a_recipe_that_is_unknown_or_would_overwrite_something_is_refused(tmp_path):
+    result = CliRunner().invoke(app, ["recipes", "copy", "capital", str(tmp_path / "mine")])
+    assert (result.exit_code, "Available: alpaca-110m" in result.output) == (2, True)
+    result = CliRunner().invoke(app, ["recipes", "copy", "capitals", str(tmp_path)])
+    assert (result.exit_code, "exists. Name a new directory" in result.output) == (2, True)
+
+
+def test_the_data_of_capitals_are_whole_and_no_question_is_in_two_sets(monkeypatch):
+    monkeypatch.chdir(RECIPES / "capitals")
+    tokenizer = tiny.byte_level(400)
+    readings = read_data(read("capitals"), ExampleEncoder(tokenizer, 256))
+    assert [reading.records for reading in readings] == [90, 135, 174]
+    prompts = [example.view.ids[: example.view.positions[0]] for example in readings[0].examples]
+    prompts += [question.prompt for reading in readings for question in reading.questions]
+    assert len(set(prompts)) == 90 + 135 + 174
+
+
+def view_of(recipe: TrainRecipe) -> tuple[str, str]:
+    """What is read and what is learned of a question, in the recipe's own chat template."""
+    tokenizer = tiny.byte_level(400)
+    tokenizer.chat_template = recipe.chat_template
+    messages = ({"role": "user", "content": "Bada?"}, {"role": "assistant", "content": "Cefi."})
+    view: View
+    (view,) = ExampleEncoder(tokenizer, 100).views(Record("r", messages))
+    return tokenizer.decode(view.ids), tokenizer.decode(view.targets)
+
+
+def test_the_papers_prompts_are_theirs():
+    assert view_of(read("alpaca-15m")) == ("<s><|user|>\nBada?\n<|assistant|>\nCefi.</s>", "Cefi.</s>")
+    assert view_of(read("tofu-grad-diff")) == ("<s>[INST] Bada? [/INST]Cefi.</s>", "Cefi.</s>")
+
+
+def test_the_papers_steps_are_theirs():
+    """TOFU: 400 records, 16 a step, 20 times."""
+    tofu, alpaca = read("tofu-grad-diff"), read("alpaca-15m")
+    assert tofu.datasets[0].bound is None
+    assert all(path.startswith(HUB_PREFIX) for data_set in tofu.datasets for path in data_set.paths)
+    assert (
+        400 * tofu.num_train_epochs / (tofu.per_device_train_batch_size * tofu.gradient_accumulation_steps)
+        == 500
+    )
+    assert alpaca.per_device_train_batch_size * alpaca.gradient_accumulation_steps == 64
