@@ -103,7 +103,7 @@ class Served:
         raise AssertionError(f"it did not come to pass; the gateway's log:\n{self.log}")
 
     def wait_until_ready(self) -> Served:
-        self.wait_for(lambda: self.get("/ready")[0] == 200, seconds=60)
+        self.wait_for(lambda: self.get("/ready")[0] == 200, seconds=240)
         return self
 
     def samples(self) -> dict[tuple, float]:
