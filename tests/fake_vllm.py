@@ -79,8 +79,7 @@ async def health(_: web.Request) -> web.Response:
 
 async def engine_health(request: web.Request) -> web.Response:
     state = request.app[ENGINE]["state"]
-    cpu_seconds = time.monotonic() if state == "computes" else 7
-    return web.json_response({"answers": state == "answers", "cpu_seconds": cpu_seconds})
+    return web.json_response({"answers": state == "answers", "busy": 0.9 if state == "computes" else 0.02})
 
 
 async def models(request: web.Request) -> web.Response:

@@ -2,25 +2,31 @@
 
 vLLM's `/health` says whether the engine's process exists. It answers 200 while that process is stopped, or
 waits for something that never comes. `GET /health/engine` has the engine answer between two of its steps.
-An engine that does not answer within a second is in a long step, or hangs. The CPU time of its processes
-tells which: it grows while the engine is busy. vLLM is told of the middleware by
-`--middleware trimtab_processors.liveness.EngineHealth`.
+An engine that does not answer within half a second is in a long step, or hangs. Its busiest thread tells
+which: that of a busy engine runs or waits for a core, however loaded the machine is; that of one that hangs
+sleeps. vLLM is told of the middleware by `--middleware trimtab_processors.liveness.EngineHealth`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 from starlette.responses import JSONResponse
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 ENGINE_HEALTH = "/health/engine"
-_PATIENCE_SECONDS = 1
+_PATIENCE_SECONDS = 0.5
+"""For an answer, and after it for a look at the engine's threads."""
+_NANOSECONDS = 1e9
 
 
 class EngineHealth:
@@ -39,10 +45,14 @@ class EngineHealth:
             await self._app(scope, receive, send)
 
     async def _describe(self, engine: Any) -> dict[str, Any]:
-        """Return `answers`, and for an engine that does not answer the `cpu_seconds` of its processes."""
+        """Return whether the engine `answers`, and if it does not, how `busy` it is, from 0 to 1."""
         if engine is None or await self._answers(engine):
             return {"answers": True}
-        return {"answers": False, "cpu_seconds": await asyncio.to_thread(_cpu_seconds)}
+        began, before = time.monotonic(), await asyncio.to_thread(_thread_seconds)
+        if await self._answers(engine):
+            return {"answers": True}
+        after = await asyncio.to_thread(_thread_seconds)
+        return {"answers": False, "busy": _busiest(before, after, time.monotonic() - began)}
 
     async def _answers(self, engine: Any) -> bool:
         if self._asking is None or self._asking.done():
@@ -61,10 +71,18 @@ async def _ask(engine: Any) -> None:
         await engine.is_sleeping()
 
 
-def _cpu_seconds() -> float:
-    """Return the time that the processes below this one have computed, or waited for a disk."""
-    total = 0.0
+def _thread_seconds() -> dict[Path, float]:
+    """Return the time that each thread of the processes below this one has run, or waited for a core."""
+    seconds = {}
     for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            total += sum(process.cpu_times())
-    return total
+        for statistics in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError):  # it has ended
+                run, waited, _ = statistics.read_text(encoding="ascii").split()
+                seconds[statistics] = (int(run) + int(waited)) / _NANOSECONDS
+    return seconds
+
+
+def _busiest(before: Mapping[Path, float], after: Mapping[Path, float], elapsed: float) -> float | None:
+    """Return the share of `elapsed` of the busiest thread; None if the kernel does not tell."""
+    shares = [(seconds - before.get(thread, 0)) / elapsed for thread, seconds in after.items()]
+    return max(shares, default=None)

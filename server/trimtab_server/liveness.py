@@ -1,8 +1,8 @@
 """Tells a worker that hangs from one that is busy.
 
-A worker gives a sign of life when its front end answers and its engine either answers too or computes: the
-CPU time of its processes grows. A long prefill, a compilation and a long queue compute. A process that is
-stopped, or waits for something that never comes, does not.
+A worker gives a sign of life when its front end answers and its engine either answers too or is busy: one of
+its threads runs, or waits for a core. A long prefill, a compilation and a long queue are busy. A process that
+is stopped, or waits for something that never comes, is not.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
 
 from trimtab_processors.liveness import ENGINE_HEALTH
 from trimtab_server.errors import ApiError
@@ -21,8 +20,8 @@ from trimtab_server.upstream import Upstream
 HEALTH = "/health"
 _LOOK_SECONDS = 3
 """Between two looks at a worker."""
-_BUSY_SHARE = 0.01
-"""A busy engine uses more than this share of a core. One at rest was measured at 0.003 or less."""
+_BUSY_SHARE = 0.25
+"""A thread that runs or waits for a core for this share of its time is busy. docs/LOG.md has measurements."""
 _SILENT_LOOKS = 3
 """Fewer looks in a row without a sign of life say nothing: the gateway itself may have been held up."""
 _DOUBT_SECONDS = 30
@@ -38,8 +37,6 @@ class Liveness:
         """Why there was no sign of life at the last look."""
         self._silent_looks = 0
         self.last_sign = time.monotonic()
-        self._cpu_seconds: float | None = None
-        self._cpu_read_at = 0.0
 
     def silent_for(self, seconds: float) -> bool:
         """Whether there was no sign of life for so long, at several looks."""
@@ -78,23 +75,14 @@ class Liveness:
         status, _ = await self._upstream.get(HEALTH)
         if status != HTTPStatus.OK:
             return f"{HEALTH} answers with status {status}"
-        engine = _engine_health(*await self._upstream.get(ENGINE_HEALTH))
-        if engine["answers"] or self._computes(engine["cpu_seconds"]):
-            return ""
-        return "its engine neither answers nor computes"
-
-    def _computes(self, cpu_seconds: float) -> bool:
-        """Whether the engine has computed since the last time that it did not answer."""
-        now = time.monotonic()
-        before, elapsed = self._cpu_seconds, now - self._cpu_read_at
-        self._cpu_seconds, self._cpu_read_at = cpu_seconds, now
-        return before is not None and cpu_seconds - before > _BUSY_SHARE * elapsed
+        lives = _engine_lives(*await self._upstream.get(ENGINE_HEALTH))
+        return "" if lives else "its engine neither answers nor computes"
 
 
-def _engine_health(status: int, body: bytes) -> dict[str, Any]:
-    """What a worker says of its engine; one that knows nothing of it counts as one whose engine answers."""
+def _engine_lives(status: int, body: bytes) -> bool:
+    """Return False only if the worker says that its engine neither answers nor is busy."""
     try:
         health = json.loads(body) if status == HTTPStatus.OK else {}
-        return {"answers": bool(health["answers"]), "cpu_seconds": float(health.get("cpu_seconds", 0))}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {"answers": True}
+        return bool(health["answers"]) or float(health["busy"]) >= _BUSY_SHARE
+    except (ValueError, KeyError, TypeError):
+        return True
