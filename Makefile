@@ -15,18 +15,19 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 setup: $(READY) $(CLIENTS_READY)
 
 # The lock file holds every package, so nothing is resolved; torch's CPU build comes from the index that pip is
-# set up with or, failing that, from PyTorch's own.
+# set up with or, failing that, from PyTorch's own. Bytecode is compiled once: where Python may not write it
+# (PYTHONDONTWRITEBYTECODE), each of an engine's three processes would compile vLLM and torch at every start.
 $(READY): pyproject.toml requirements/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
-	$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements/cpu.txt || \
-	  $(BIN)/uv pip install --python $(BIN)/python --no-deps --torch-backend cpu -r requirements/cpu.txt
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --compile-bytecode -r requirements/cpu.txt || \
+	  $(BIN)/uv pip install --python $(BIN)/python --no-deps --compile-bytecode --torch-backend cpu -r requirements/cpu.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
 
 $(CLIENTS_READY): requirements/clients.txt $(READY)
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
-	$(BIN)/uv pip install --python $(CLIENTS)/bin/python --no-deps -r requirements/clients.txt
+	$(BIN)/uv pip install --python $(CLIENTS)/bin/python --no-deps --compile-bytecode -r requirements/clients.txt
 	touch $@
 
 demo: $(READY)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
     GPTNeoXConfig,
@@ -23,6 +23,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<s>' + message['role'] + ': ' + message['content'] + '\n' }}"
@@ -47,8 +48,19 @@ def sentences(count: int, seed: int = 0) -> Iterator[str]:
 
 
 def byte_level(size: int, seed: int = 0) -> PreTrainedTokenizerFast:
+    return _byte_level(size, seed, pre_tokenizers.ByteLevel(add_prefix_space=False))
+
+
+def qwen2_byte_level(size: int, seed: int = 0) -> PreTrainedTokenizerFast:
+    """Split as transformers' Qwen2Tokenizer splits, whatever `tokenizer.json` says: each digit alone."""
+    digits = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
+    encoded = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return _byte_level(size, seed, pre_tokenizers.Sequence([digits, encoded]))
+
+
+def _byte_level(size: int, seed: int, split: pre_tokenizers.PreTokenizer) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -169,7 +181,7 @@ class Family:
 def family(root: Path) -> Family:
     """Make the family; the vocabularies of b and c are padded past their tokenizers."""
     made = Family(root / "a", root / "b", root / "c", root / "control")
-    first, second, third = byte_level(600), byte_level(900, seed=1), metaspace(700, seed=2)
+    first, second, third = byte_level(600), qwen2_byte_level(900, seed=1), metaspace(700, seed=2)
     save(made.a, first, llama(len(first)), seed=1)
     save(made.b, second, qwen2(len(second) + 12), seed=2)
     save(made.c, third, gpt_neox(len(third) + 4), seed=3)
