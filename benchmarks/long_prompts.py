@@ -94,6 +94,8 @@ def main(
     }
     print_table(results)
     print(json.dumps({"benchmark": "long_prompts", "goals_met": goals, "results": results}))
+    if not goals["nothing failed"]:
+        raise typer.Exit(1)
 
 
 async def watch(

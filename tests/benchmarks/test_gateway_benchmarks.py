@@ -97,3 +97,13 @@ def test_the_gateway_is_compared_with_its_own_workers_socket_too(world):
     found = results_of("gateway_overhead.py", world, rounds=1, requests=5, streams=2, tokens=4, way="socket")
     assert set(found) == {"direct", "gateway"}
     assert found["gateway"]["throughput_ratio"]["median"] > 0
+
+
+def test_long_prompts_are_sent_beside_small_requests_and_both_are_counted(world):
+    found = results_of("long_prompts.py", world, requests=9, at_once=3, alone=1, largest=2)
+    statuses = found["statuses"]
+    assert sum(statuses.values()) == 9
+    assert all(statuses[f"{kind}: 413"] for kind in ("text", "messages", "lists"))
+    assert all(statuses[f"{kind}: 200"] for kind in ("image", "short enough", "no control"))
+    assert (found["failed"], found["restarts"]) == (0, 0)
+    assert min(found["small_requests"].values()) > 0
