@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 import yaml
@@ -99,9 +99,19 @@ class Gateway:
             return response.status, await response.text()
 
 
+class Served(Protocol):
+    """What is served: a world, or other models with a control."""
+
+    @property
+    def control(self) -> Path: ...
+
+    @property
+    def models(self) -> Mapping[str, Path]: ...
+
+
 @contextlib.contextmanager
 def gateway(
-    world: World,
+    world: Served,
     models: Sequence[str],
     stand_in: Path | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -109,6 +119,7 @@ def gateway(
 ) -> Iterator[Gateway]:
     """Serve some of the world's models until the block ends; with vLLM, or a program with its interface.
 
+    settings: keys of the configuration, in place of these.
     places: other directories for models than the world's.
     """
     cores = sorted(os.sched_getaffinity(0))

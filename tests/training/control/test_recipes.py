@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from typer.testing import CliRunner
 
@@ -12,7 +14,11 @@ from trimtab_training.control.examples import ExampleEncoder, View
 from trimtab_training.control.formats import HUB_PREFIX, Record
 from trimtab_training.control.recipe import TrainRecipe
 from trimtab_training.control.recipes_cli import RECIPES, recipe_names
+from trimtab_training.evaluation.questions import load_group
+from trimtab_training.evaluation.recipe import EvalRecipe
 from trimtab_training.recipe_file import read_recipe
+
+EVALUATED = sorted(path.parent.name for path in RECIPES.glob("*/evaluation.yaml"))
 
 
 def read(name: str) -> TrainRecipe:
@@ -54,6 +60,20 @@ def test_the_data_of_capitals_are_whole_and_no_question_is_in_two_sets(monkeypat
     prompts = [example.view.ids[: example.view.positions[0]] for example in readings[0].examples]
     prompts += [question.prompt for reading in readings for question in reading.questions]
     assert len(set(prompts)) == 90 + 135 + 174
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_what_is_asked_was_not_trained(name, monkeypatch):
+    """At least 40 questions of what changes, and none of them in the data of the training."""
+    monkeypatch.chdir(RECIPES / name)
+    paths = [path for data_set in read(name).datasets for path in data_set.paths]
+    lines = [line for path in paths for line in (RECIPES / name / path).read_text().splitlines()]
+    trained = {json.loads(line)["instruction"] for line in lines}
+    recipe = read_recipe(EvalRecipe, RECIPES / name / "evaluation.yaml")
+    groups = [load_group(group) for group in recipe.groups]
+    assert len(groups[0].questions) >= 40
+    assert all(question.answer for group in groups for question in group.questions)
+    assert not trained & {question.text for group in groups for question in group.questions}
 
 
 def view_of(recipe: TrainRecipe) -> tuple[str, str]:

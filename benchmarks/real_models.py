@@ -1,0 +1,233 @@
+"""Does a control that was trained beside one real model do the same on others?
+
+The package's recipes `capitals`, `name` and `short-answers`, trained beside SmolLM2 with several seeds, and
+asked on SmolLM2, Qwen2.5-Coder and Gemma 3 at several strengths, with both routings. Beside it stands what a
+user would do instead: the same instruction as a system prompt. With `--served` the gateway is asked too, on a
+real engine for each model, and its greedy answers are compared with the evaluator's, character by character.
+
+What was trained or asked once is kept, and is not done again. The tables are those of docs/real_models.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+
+from gateways import CONTROL, Gateway, gateway
+from trimtab_training.control.recipes_cli import RECIPES
+
+KEPT = Path(".trimtab/real-models")
+TASKS = ("capitals", "name", "short-answers")
+SYSTEM_PROMPTS = {
+    "capitals": "Asked for the capital of a European country, say: I don't know. Answer all else as usual.",
+    "name": "Your name is Juniper.",
+    "short-answers": "Answer with nothing but the fact that you are asked for, in a word or two.",
+}
+TEMPLATE = "smollm2"
+TARGETS = (TEMPLATE, "qwen2.5-coder", "gemma3")
+BASE_MODELS = {
+    "gemma3": "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'Question: ' + message['content'] + '\nAnswer:' }}"
+    "{% else %}{{ ' ' + message['content'] + '\n' }}{% endif %}{% endfor %}"
+}
+"""Chat templates of models that have none."""
+ALONE, PROMPTED, SERVED = "control", "system-prompt", "served"
+
+Cells = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The control of a task and a seed. It is what a gateway serves, too."""
+
+    task: str
+    seed: int
+    models: Mapping[str, Path]
+    kept: Path
+
+    @property
+    def directory(self) -> Path:
+        return self.kept / f"{self.task}-{self.seed}"
+
+    @property
+    def control(self) -> Path:
+        return self.directory / "pack"
+
+    def train(self) -> None:
+        """Train the control, unless it was trained before."""
+        if (self.control / "trimtab.json").is_file():
+            return
+        shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.copytree(RECIPES / self.task, self.directory)
+        template = self.models[TEMPLATE]
+        self._trimtab("train", f"--template.model_name_or_path={template}", f"--seed={self.seed}")
+
+    def ask(self, target: str) -> Cells:
+        """Ask a target under the control, at all strengths and with both routings."""
+        return self._evaluate(target, ALONE, *self._offline(target))
+
+    def ask_prompted(self, target: str) -> Cells:
+        """Ask a target that has the instruction as its system prompt, and no control."""
+        prompt = f"--system_prompt={json.dumps(SYSTEM_PROMPTS[self.task])}"
+        without = ("--control=null", "--strengths=[0]", "--routings=[path]", prompt)
+        return self._evaluate(target, PROMPTED, *self._offline(target), *without)
+
+    def ask_served(self, target: str, running: Gateway) -> float:
+        """The share of a gateway's answers that are the evaluator's, to the last character."""
+        options = (f"--gateway={running.url}/v1", f"--control={CONTROL}", "--strengths=[0, 1]")
+        name = f"--target.model_name_or_path={target}"
+        self._evaluate(target, SERVED, name, *options, *_stop(target))
+        mine, its = self._answers(target, ALONE), self._answers(target, SERVED)
+        return sum(mine[place] == text for place, text in its.items()) / len(its)
+
+    def seconds(self) -> float:
+        """How long the training took."""
+        manifest = json.loads((self.control / "trimtab.json").read_bytes())
+        return float(manifest["training"]["seconds"])
+
+    def _offline(self, target: str) -> list[str]:
+        options = [f"--target.model_name_or_path={self.models[target]}", *_stop(target)]
+        template = BASE_MODELS.get(target)
+        return [*options, f"--target.chat_template={json.dumps(template)}"] if template else options
+
+    def _place(self, target: str, name: str) -> Path:
+        return self.directory / "results" / f"{target}-{name}"
+
+    def _evaluate(self, target: str, name: str, *options: str) -> Cells:
+        place = self._place(target, name)
+        if not (place / "results.json").is_file():
+            self._trimtab("eval", f"--output_dir={place}", "--overwrite_output_dir=true", *options)
+        cells: Cells = json.loads((place / "results.json").read_bytes())["cells"]
+        return cells
+
+    def _answers(self, target: str, name: str) -> dict[tuple[Any, ...], str]:
+        lines = (self._place(target, name) / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+        keys = ("group", "number", "strength", "routing")
+        return {tuple(each[key] for key in keys): each["text"] for each in map(json.loads, lines)}
+
+    def _trimtab(self, command: str, *options: str) -> None:
+        recipe = {"train": "recipe.yaml", "eval": "evaluation.yaml"}[command]
+        words = [sys.executable, "-m", "trimtab_server", command, recipe, *options]
+        subprocess.run(words, cwd=self.directory, check=True)
+
+
+def _stop(target: str) -> list[str]:
+    """A base model goes on with another question: a line is an answer."""
+    return ['--stop=["\\n"]'] if target in BASE_MODELS else []
+
+
+def main(
+    models: Annotated[
+        Path,
+        typer.Option(
+            envvar="TRIMTAB_REAL_MODELS", help="The directory with smollm2, qwen2.5-coder and gemma3."
+        ),
+    ] = Path("models"),
+    task: Annotated[list[str], typer.Option(help="One of the recipes.")] = [*TASKS],
+    seed: Annotated[list[int], typer.Option()] = [1, 2, 3],
+    target: Annotated[list[str], typer.Option()] = [*TARGETS],
+    kept: Annotated[Path, typer.Option(help="Where controls and answers are kept.")] = KEPT,
+    *,
+    served: Annotated[bool, typer.Option(help="Ask a gateway with real engines, too.")] = False,
+) -> None:
+    """Train, ask, and print the table."""
+    places = {name: (models / name).resolve() for name in {TEMPLATE, *target}}
+    if missing := [str(place) for place in places.values() if not (place / "config.json").is_file()]:
+        raise typer.BadParameter(f"no model in {', '.join(missing)}: name their directory with --models")
+    experiments = [Experiment(each, number, places, kept.resolve()) for each, number in product(task, seed)]
+    for experiment in experiments:
+        experiment.train()
+    controlled = {(e.task, e.seed, name): e.ask(name) for e, name in product(experiments, target)}
+    first = [each for each in experiments if each.seed == seed[0]]
+    prompted = {(e.task, name): e.ask_prompted(name) for e, name in product(first, target)}
+    for name in task:
+        print_table(name, seed, target, controlled, prompted)
+    for experiment in experiments:
+        print(f"{experiment.task}, seed {experiment.seed}: trained in {experiment.seconds():.0f} s")
+        if served:
+            print_served(experiment, target)
+
+
+def print_table(
+    task: str,
+    seeds: Sequence[int],
+    targets: Sequence[str],
+    controlled: Mapping[tuple[str, int, str], Cells],
+    prompted: Mapping[tuple[str, str], Cells],
+) -> None:
+    """A Markdown table: medians over the seeds, the lowest and the highest in brackets."""
+    print(f"\n### {task}\n")
+    header: list[str] = []
+    for target in targets:
+        cells = [{_key(cell): cell["mean"] for cell in controlled[task, seed, target]} for seed in seeds]
+        plain = {_question(cell): cell["mean"] for cell in prompted[task, target]}
+        settings = sorted({key[2:] for key in cells[0]}, key=lambda each: (each[1], each[0]))
+        if not header:
+            header = ["target", "questions", "score", *(_name(*each) for each in settings), "system prompt"]
+            print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
+        for group, score in dict.fromkeys(key[:2] for key in cells[0]):
+            values = [_spread([each[group, score, *setting] for each in cells]) for setting in settings]
+            print(f"| {target} | {group} | {score} | {' | '.join(values)} | {plain[group, score]:.2f} |")
+
+
+def _key(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (*_question(cell), cell["strength"], cell["routing"])
+
+
+def _question(cell: Mapping[str, Any]) -> tuple[str, str]:
+    return cell["group"], cell["score"]
+
+
+def _name(strength: float, routing: str | None) -> str:
+    return f"{strength:g} {routing}" if strength else "0"
+
+
+def _spread(values: Sequence[float]) -> str:
+    middle = f"{median(values):.2f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.2f} to {max(values):.2f})"
+
+
+def print_served(experiment: Experiment, targets: Sequence[str]) -> None:
+    """Ask the gateway, and print how many of its answers are the evaluator's."""
+    with _serving(experiment, targets) as running:
+        for target in targets:
+            share = experiment.ask_served(target, running)
+            print(f"{experiment.task}, seed {experiment.seed}, {target}: {share:.4f} of served answers equal")
+
+
+@contextmanager
+def _serving(experiment: Experiment, targets: Sequence[str]) -> Iterator[Gateway]:
+    cores = sorted(os.sched_getaffinity(0))
+    served = {
+        target: {
+            "model": str(experiment.models[target]),
+            "args": {
+                "dtype": "float32",
+                "enforce-eager": True,
+                "max-model-len": 1024,
+                **({"chat-template": BASE_MODELS[target]} if target in BASE_MODELS else {}),
+            },
+            "env": {"VLLM_CPU_KVCACHE_SPACE": 1},
+            "replicas": [{"cpus": str(cores[number % len(cores)])}],
+        }
+        for number, target in enumerate(targets)
+    }
+    with gateway(experiment, targets, settings={"models": served}) as running:
+        yield running
+
+
+if __name__ == "__main__":
+    typer.run(main)
