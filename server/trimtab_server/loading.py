@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections import defaultdict
@@ -14,6 +15,7 @@ from trimtab_mappings import VocabularyError
 from trimtab_processors.pack import PackError, pack_below
 from trimtab_server.controls import Catalogue, Control, load_control
 from trimtab_server.errors import (
+    ApiError,
     BadRequestError,
     ConflictError,
     ControlNotFoundError,
@@ -176,6 +178,9 @@ class Loader:
             ]
             await self._take_from(may_have_it, control.name)
             raise fault
+        for worker in ready:
+            with contextlib.suppress(ApiError):  # what it takes at most is a bound, not a need
+                await worker.learn_prompt_bytes()
 
     async def _take_from(self, workers: Sequence[Worker], name: str) -> None:
         """Unload a control from the workers that are ready; from the others when they come back."""

@@ -16,7 +16,7 @@ from trimtab_server.metrics import Metrics
 from trimtab_server.process import Output, WorkerProcess
 from trimtab_server.replicas import Cause, OnReady, State, UnreadyError, Worker, WorkerId
 from trimtab_server.settings import ADMIN_KEYS_VARIABLE, Settings
-from trimtab_server.upstream import Here, Upstream
+from trimtab_server.upstream import SocketAddress, Upstream
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class LocalWorker(Worker):
     ) -> None:
         self._socket = directory / "http"
         self._admin_key = secrets.token_urlsafe()
-        upstream = Upstream(identity.model, Here(self._socket, self._admin_key), settings.timeouts)
+        upstream = Upstream(identity.model, SocketAddress(self._socket, self._admin_key), settings.timeouts)
         super().__init__(identity, upstream, metrics=metrics, on_ready=on_ready)
         self._settings = settings
         self._directory = directory

@@ -12,7 +12,7 @@ from trimtab_server.metrics import Metrics
 from trimtab_server.prompt_bound import CONTROLS, MODELS
 from trimtab_server.replicas import OnReady, State, UnreadyError, Worker, WorkerId
 from trimtab_server.settings import Settings
-from trimtab_server.upstream import Elsewhere, Upstream
+from trimtab_server.upstream import RemoteAddress, Upstream
 
 _INSTANCES = 64
 """Servers behind one address that are told apart."""
@@ -25,7 +25,7 @@ class RemoteWorker(Worker):
         self,
         identity: WorkerId,
         settings: Settings,
-        address: Elsewhere,
+        address: RemoteAddress,
         *,
         metrics: Metrics,
         on_ready: OnReady,

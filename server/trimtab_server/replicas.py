@@ -127,6 +127,14 @@ class Worker(ABC):
             answer.held.push(held.pop_all())
             return answer
 
+    async def learn_prompt_bytes(self) -> None:
+        """Ask it how long a prompt it takes. It can say so once it has a control.
+
+        Raises:
+            ApiError: it does not answer.
+        """
+        self.prompt_bytes = await prompt_bytes(self.upstream)
+
     async def describe(self) -> dict[str, Any]:
         """What `/ready` says of it, with its health asked for."""
         state, reason = self.state, self.reason
@@ -173,7 +181,7 @@ class Worker(ABC):
         """
         try:
             await self._on_ready(self.upstream)
-            self.prompt_bytes = await prompt_bytes(self.upstream)
+            await self.learn_prompt_bytes()
         except ApiError as error:
             raise UnreadyError(State.UNFIT, str(error)) from error
         except Exception as error:

@@ -51,7 +51,7 @@ class Call:
     body: bytes
 
 
-class Here:
+class SocketAddress:
     """A server on a unix socket of this machine."""
 
     origin = "http://worker"
@@ -66,7 +66,7 @@ class Here:
         return aiohttp.UnixConnector(path=str(self._socket), **_CONNECTIONS)
 
 
-class Elsewhere:
+class RemoteAddress:
     """A server at a URL; `key` and `admin_key` are its own keys, which nobody else is sent."""
 
     # The host that the client wrote is the gateway's.
@@ -84,7 +84,7 @@ class Elsewhere:
 class Upstream:
     """The HTTP client of one worker."""
 
-    def __init__(self, model: str, address: Here | Elsewhere, timeouts: Timeouts) -> None:
+    def __init__(self, model: str, address: SocketAddress | RemoteAddress, timeouts: Timeouts) -> None:
         self.model = model
         self._address = address
         self._timeouts = timeouts

@@ -23,7 +23,7 @@ from trimtab_server.remote import RemoteWorker
 from trimtab_server.replicas import OnReady, State, Worker, WorkerId
 from trimtab_server.settings import Settings, SettingsError
 from trimtab_server.turnstile import Turnstile
-from trimtab_server.upstream import Answer, Call, Elsewhere, Upstream
+from trimtab_server.upstream import Answer, Call, RemoteAddress, Upstream
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ class Workers(Mapping[str, Model]):
         replica = self._settings.models[identity.model].replicas[identity.index]
         if replica.url is not None:
             keys = (self._keys.get(name or "") for name in (replica.key_variable, replica.admin_key_variable))
-            address = Elsewhere(replica.url, *keys)
+            address = RemoteAddress(replica.url, *keys)
             return RemoteWorker(
                 identity, self._settings, address, metrics=self._metrics, on_ready=self.on_ready
             )

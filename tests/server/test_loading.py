@@ -76,6 +76,12 @@ def test_a_loaded_control_is_offered_by_every_model_that_takes_all(gateway):
     assert gateway.chat(model="some", control="late").status_code == 400
 
 
+def test_a_worker_says_how_long_a_prompt_it_takes_once_it_has_a_control(gateway):
+    gateway.worker("all").prompt_bytes = None
+    load(gateway)
+    assert gateway.worker("all").prompt_bytes == 256 * MAPPING["longest_target_token"]
+
+
 def test_an_unloaded_control_is_as_if_it_had_never_been(gateway):
     load(gateway)
     assert unload(gateway).json() == {"status": "unloaded", "control_name": "late"}
