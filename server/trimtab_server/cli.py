@@ -154,6 +154,14 @@ def eval_(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_MOUNTED, add_help_option=False)
+def similarity(context: typer.Context) -> None:
+    """Compare the shifts that fine-tuning makes across models."""
+    from trimtab_training.similarity.cli import app as mapped
+
+    mapped(context.args, prog_name="trimtab similarity")
+
+
+@app.command(context_settings=_MOUNTED, add_help_option=False)
 def demo(context: typer.Context) -> None:
     """Show a control at work in the small world."""
     from trimtab_training.demo import app as mapped

@@ -32,10 +32,12 @@ ELSEWHERE = {
     "README.md": {""},
     "idea.md": {""},
     "evaluation.md": {"yaml"},
+    "similarity.md": {"yaml"},
     "training.md": {"yaml"},
 }
 """Pictures, and what tests/mappings/test_tutorial.py, tests/deploy/test_compose.py,
-tests/training/evaluation/test_eval_command.py, tests/training/control/test_page.py run.
+tests/training/evaluation/test_eval_command.py, tests/training/similarity/test_similarity_command.py,
+tests/training/control/test_page.py run.
 """
 PLACES = re.compile(r"(?<![\w.:/])/(?:srv|opt|etc)/[\w./-]+")
 """Absolute paths, which are the reader's."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 _WIDTH, _PANEL, _LEFT, _RIGHT, _TOP, _BOTTOM = 780, 260, 52, 236, 36, 44
 _COLOURS = ("#2f7dd1", "#d1602f", "#2fa36b", "#9a5fd0", "#b58900", "#c2477f", "#5b8c8c", "#8a5a44")
-_STYLE = """
+STYLE = """
 svg { --ink: #1b1f24; --faint: #6a737d; --line: #d7dce1; font: 13px system-ui, sans-serif; }
 @media (prefers-color-scheme: dark) { svg { --ink: #e4e8ec; --faint: #98a2ad; --line: #343b43; } }
 text { fill: var(--ink); } .faint { fill: var(--faint); } .grid { stroke: var(--line); }
@@ -41,7 +41,7 @@ def panels_chart(panels: Sequence[Panel], x_label: str) -> str:
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img">',
-            f"<title>{escape(', '.join(panel.title for panel in panels))}</title><style>{_STYLE}</style>",
+            f"<title>{escape(', '.join(panel.title for panel in panels))}</title><style>{STYLE}</style>",
             *(
                 f'<g transform="translate(0 {place * _PANEL})">{"".join(_panel(panel, places, x_label))}</g>'
                 for place, panel in enumerate(panels)

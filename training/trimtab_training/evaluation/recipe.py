@@ -15,7 +15,7 @@ from trimtab_training.evaluation.scores import REFUSALS, ScoreName
 from trimtab_training.recipe_file import Section
 
 _PATH: RequestRouting = "path"
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$"
+NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$"
 
 
 def _listed(value: Any) -> Any:
@@ -84,12 +84,15 @@ def _records(value: Any) -> Any:
     return [{"question": item} if isinstance(item, str) else item for item in value]
 
 
+Questions = Annotated[tuple[Question, ...], BeforeValidator(_records)] | str
+"""A list of records, or a file of them: JSON Lines, JSON or YAML."""
+
+
 class Group(Section):
     """Questions of one kind, which are scored alike."""
 
-    name: Annotated[str, Field(pattern=_NAME)]
-    questions: Annotated[tuple[Question, ...], BeforeValidator(_records)] | str
-    """A list of records, or a file of them: JSON Lines, JSON or YAML."""
+    name: Annotated[str, Field(pattern=NAME)]
+    questions: Questions
     scores: Annotated[tuple[ScoreName, ...], BeforeValidator(_listed), Field(min_length=1)]
 
     @field_validator("questions")

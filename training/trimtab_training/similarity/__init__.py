@@ -1,0 +1,1 @@
+"""`trimtab similarity`: compares the shifts that fine-tuning makes in different models."""
