@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -39,9 +39,27 @@ def read_recipe(model: type[Recipe], path: Path | None, arguments: Sequence[str]
     Raises:
         RecipeError: the file can't be read, or a key or value is wrong.
     """
+    return parse_recipe(model, read_keys(path, arguments))
+
+
+def read_keys(path: Path | None, arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """Read the keys of a recipe without their declaration; the arguments are those of `read_recipe`.
+
+    Raises:
+        RecipeError: the file or an option can't be read.
+    """
     data = {} if path is None else _read_file(path)
     for key, value in _options(arguments):
         _put(data, key, value)
+    return data
+
+
+def parse_recipe(model: type[Recipe], data: Mapping[str, Any]) -> Recipe:
+    """Make a recipe of its keys.
+
+    Raises:
+        RecipeError: a key or value is wrong.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:

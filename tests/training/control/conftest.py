@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import tiny
-from trimtab_training.control.recipe import TrainRecipe
+from trimtab_training.control.recipe import ControlRecipe
 
 QUESTIONS = [
     (f"What is {word}?", f"It is {word} and more.") for word in ("bada", "cefi", "dogu", "fila", "gomu")
@@ -37,10 +37,10 @@ def data(tmp_path) -> str:
 
 
 @pytest.fixture
-def make_recipe(template, data, tmp_path) -> Callable[..., TrainRecipe]:
+def make_recipe(template, data, tmp_path) -> Callable[..., ControlRecipe]:
     """A recipe of small sizes, with other keys in place of its own."""
 
-    def make(**keys: Any) -> TrainRecipe:
+    def make(**keys: Any) -> ControlRecipe:
         plain = {
             "template": {"model_name_or_path": str(template), "dtype": "float32"},
             "control": {"config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}},
@@ -52,6 +52,6 @@ def make_recipe(template, data, tmp_path) -> Callable[..., TrainRecipe]:
             "seed": 3,
             "use_cpu": True,
         }
-        return TrainRecipe.model_validate(plain | keys)
+        return ControlRecipe.model_validate(plain | keys)
 
     return make

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from trimtab_processors.pack import load_pack
 from trimtab_server.cli import app
 from trimtab_training.control.formats import _COLUMNS
-from trimtab_training.control.recipe import Architecture, ControlModel, DataSet, TemplateModel, TrainRecipe
+from trimtab_training.control.recipe import Architecture, ControlModel, DataSet, TemplateModel, ControlRecipe
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
 
@@ -35,7 +35,7 @@ def test_its_recipe_becomes_a_pack(tmp_path, template, monkeypatch):
 
 def test_it_has_every_key_and_every_format():
     table = PAGE.split("## Keys")[1]
-    for section in (TrainRecipe, TemplateModel, ControlModel, DataSet, Architecture):
+    for section in (ControlRecipe, TemplateModel, ControlModel, DataSet, Architecture):
         missing = [key for key in section.model_fields if not re.search(rf"`[\w.]*\b{key}\b", table)]
         assert missing == []
     assert [name for name in _COLUMNS if f"| `{name}` |" not in PAGE] == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from trimtab_training.control.recipe import TrainRecipe
+from trimtab_training.control.recipe import ControlRecipe
 from trimtab_training.recipe_file import RecipeError, read_recipe
 
 PLAIN = {
@@ -18,15 +18,15 @@ PLAIN = {
 
 @pytest.fixture
 def read(tmp_path):
-    def read(*arguments: str, **keys: object) -> TrainRecipe:
+    def read(*arguments: str, **keys: object) -> ControlRecipe:
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(PLAIN | keys), encoding="utf-8")
-        return read_recipe(TrainRecipe, tmp_path / "recipe.yaml", arguments)
+        return read_recipe(ControlRecipe, tmp_path / "recipe.yaml", arguments)
 
     return read
 
 
 def test_keys_have_the_defaults_of_transformers():
-    recipe = TrainRecipe.model_validate(PLAIN)
+    recipe = ControlRecipe.model_validate(PLAIN)
     assert (recipe.learning_rate, recipe.per_device_train_batch_size, recipe.num_train_epochs) == (5e-5, 8, 3)
     assert (recipe.lr_scheduler_type, recipe.warmup_ratio, recipe.max_steps, recipe.seed) == (
         "linear",
@@ -94,4 +94,4 @@ def test_a_wrong_key_or_value_is_named(read, keys, message):
 def test_a_key_that_is_missing_is_named(tmp_path):
     (tmp_path / "recipe.yaml").write_text("output_dir: out\n", encoding="utf-8")
     with pytest.raises(RecipeError, match="`template` is missing"):
-        read_recipe(TrainRecipe, tmp_path / "recipe.yaml")
+        read_recipe(ControlRecipe, tmp_path / "recipe.yaml")

@@ -12,7 +12,7 @@ from trimtab_server.cli import app
 from trimtab_training.control.data import read_data
 from trimtab_training.control.examples import ExampleEncoder, View
 from trimtab_training.control.formats import HUB_PREFIX, Record
-from trimtab_training.control.recipe import TrainRecipe
+from trimtab_training.control.recipe import ControlRecipe
 from trimtab_training.control.recipes_cli import RECIPES, recipe_names
 from trimtab_training.evaluation.questions import load_group
 from trimtab_training.evaluation.recipe import EvalRecipe
@@ -21,8 +21,8 @@ from trimtab_training.recipe_file import read_recipe
 EVALUATED = sorted(path.parent.name for path in RECIPES.glob("*/evaluation.yaml"))
 
 
-def read(name: str) -> TrainRecipe:
-    return read_recipe(TrainRecipe, RECIPES / name / "recipe.yaml")
+def read(name: str) -> ControlRecipe:
+    return read_recipe(ControlRecipe, RECIPES / name / "recipe.yaml")
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -55,7 +55,7 @@ def test_a_recipe_that_is_unknown_or_would_overwrite_something_is_refused(tmp_pa
 def test_the_data_of_capitals_are_whole_and_no_question_is_in_two_sets(monkeypatch):
     monkeypatch.chdir(RECIPES / "capitals")
     tokenizer = tiny.byte_level(400)
-    readings = read_data(read("capitals"), ExampleEncoder(tokenizer, 256))
+    readings = read_data(read("capitals").datasets, ExampleEncoder(tokenizer, 256))
     assert [reading.records for reading in readings] == [90, 135, 174]
     prompts = [example.view.ids[: example.view.positions[0]] for example in readings[0].examples]
     prompts += [question.prompt for reading in readings for question in reading.questions]
@@ -76,7 +76,7 @@ def test_what_is_asked_was_not_trained(name, monkeypatch):
     assert not trained & {question.text for group in groups for question in group.questions}
 
 
-def view_of(recipe: TrainRecipe) -> tuple[str, str]:
+def view_of(recipe: ControlRecipe) -> tuple[str, str]:
     """What is read and what is learned of a question, in the recipe's own chat template."""
     tokenizer = tiny.byte_level(400)
     tokenizer.chat_template = recipe.chat_template

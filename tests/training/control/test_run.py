@@ -30,8 +30,9 @@ from trimtab_training.control import run
 from trimtab_training.control.data import _names
 from trimtab_training.control.formats import DataError
 from trimtab_training.control.log import RunLog
-from trimtab_training.control.recipe import DataSet, TrainRecipe
-from trimtab_training.control.trainer import Step, TrainingError
+from trimtab_training.control.recipe import DataSet, ControlRecipe
+from trimtab_training.control.errors import TrainingError
+from trimtab_training.control.trainer import Step
 
 
 def train(recipe) -> tuple[list[float], str]:
@@ -267,7 +268,7 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(make_recipe, tmp_path, monke
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def train_as(rank: int, port: int, recipe: TrainRecipe) -> None:
+def train_as(rank: int, port: int, recipe: ControlRecipe) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -13,11 +13,12 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 import tiny
+from trimtab_training.control.errors import TrainingError
 from trimtab_training.control.examples import Example, View
 from trimtab_training.control.objectives import make_objective
 from trimtab_training.control.recipe import DataSet
 from trimtab_training.control.reference import LiveTemplate, answer_logits
-from trimtab_training.control.trainer import Step, Trainer, TrainingError, TrainingSet, checkpoints
+from trimtab_training.control.trainer import Step, Trainer, TrainingSet, checkpoints
 
 VOCAB, PAD, CPU = 40, 0, torch.device("cpu")
 EXAMPLES = [Example(View((1, 2, i, 3 + i, 4), (3, 4))) for i in range(5, 9)]

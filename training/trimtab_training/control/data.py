@@ -62,14 +62,14 @@ class Question:
     answered: Prompt
 
 
-def read_data(recipe: TrainRecipe, encoder: ExampleEncoder) -> list[Reading]:
+def read_data(data_sets: Sequence[DataSet], encoder: ExampleEncoder) -> list[Reading]:
     """Read and encode all data sets.
 
     Raises:
         DataError: something in one can't be trained on.
     """
-    names = _names(recipe.datasets)
-    return [_read(data_set, name, encoder) for data_set, name in zip(recipe.datasets, names, strict=True)]
+    names = _names(data_sets)
+    return [_read(data_set, name, encoder) for data_set, name in zip(data_sets, names, strict=True)]
 
 
 def _read(data_set: DataSet, name: str, encoder: ExampleEncoder) -> Reading:
@@ -86,9 +86,12 @@ def _read(data_set: DataSet, name: str, encoder: ExampleEncoder) -> Reading:
 
 
 def complete_data(
-    recipe: TrainRecipe, readings: Sequence[Reading], encoder: ExampleEncoder, generate: Generate
+    recipe: TrainRecipe,
+    readings: Sequence[Reading],
+    encoder: ExampleEncoder,
+    generate: Generate | None = None,
 ) -> Data:
-    """Generate the answers that are missing."""
+    """Generate the answers that are missing. Only a reading with questions needs `generate`."""
     completed = [_completed(recipe, reading, encoder, generate) for reading in readings]
     return Data(tuple(made for made, _ in completed), tuple(facts for _, facts in completed))
 
@@ -106,10 +109,10 @@ def _names(data_sets: Sequence[DataSet]) -> list[str]:
 
 
 def _completed(
-    recipe: TrainRecipe, reading: Reading, encoder: ExampleEncoder, generate: Generate
+    recipe: TrainRecipe, reading: Reading, encoder: ExampleEncoder, generate: Generate | None
 ) -> tuple[TrainingSet, DataFacts]:
     data_set, examples = reading.data_set, reading.examples
-    if reading.questions:
+    if generate is not None and reading.questions:
         asked = [question.answered for question in reading.questions]
         answers = generate(asked, data_set.max_new_tokens)
         examples = tuple(

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Self
 
 from accelerate import Accelerator
@@ -19,8 +20,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from trimtab_training.control.errors import TrainingError
 from trimtab_training.control.recipe import TrainRecipe
-from trimtab_training.control.trainer import Step, TrainingError, logged
+from trimtab_training.control.trainer import Step, logged
 
 LOG_FILE = "trainer_log.jsonl"
 PLOT_FILE = "loss.svg"
@@ -43,12 +45,19 @@ class RunLog:
     """The log of a run on its main process; other processes have none."""
 
     def __init__(
-        self, recipe: TrainRecipe, accelerator: Accelerator, total_steps: int, console: Console
+        self,
+        recipe: TrainRecipe,
+        accelerator: Accelerator,
+        total_steps: int,
+        console: Console,
+        part: str | None = None,
     ) -> None:
+        """Args: part: the name of the model and of its folder in `output_dir`, if the recipe has several."""
         self._recipe = recipe
         self._accelerator = accelerator
         self._total = total_steps
-        self._file = recipe.output_dir / LOG_FILE
+        self._part = part
+        self._directory = recipe.output_dir / (part or "")
         self.lines: list[dict[str, Any]] = []
         self._begun = time.monotonic()
         self._earlier = 0.0
@@ -57,11 +66,12 @@ class RunLog:
             *(TimeElapsedColumn(), TimeRemainingColumn()),
         )
         self._progress = Progress(*columns, console=console)
-        self._bar = self._progress.add_task("train", total=total_steps)
+        self._bar = self._progress.add_task(part or "train", total=total_steps)
 
     def __enter__(self) -> Self:
         if self._recipe.trackers:
-            options = {"wandb": {"name": self._recipe.run_name}} if self._recipe.run_name else {}
+            name = "-".join(filter(None, (self._recipe.run_name, self._part)))
+            options = {"wandb": {"name": name}} if name else {}
             flat = _flat(self._recipe.model_dump(mode="json"))
             self._accelerator.init_trackers("trimtab", config=flat, init_kwargs=options)
         self._progress.start()
@@ -72,14 +82,18 @@ class RunLog:
         if self._recipe.trackers:
             self._accelerator.end_training()
 
-    def go_on(self, step: int) -> None:
-        """Keep the lines of an earlier run up to `step`, and drop those behind it."""
-        text = self._file.read_text(encoding="utf-8") if self._file.is_file() else ""
+    def go_on(self, step: int, earlier: Path) -> None:
+        """Continue the log that is in the directory `earlier`: take its lines up to `step`."""
+        file = earlier / LOG_FILE
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
         lines = [json.loads(line) for line in text.splitlines()]
         self.lines = [line for line in lines if line["step"] <= step]
         self._earlier = self.lines[-1]["elapsed_time"] if self.lines else 0.0
-        self._file.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
         self._progress.update(self._bar, completed=step)
+        written = "".join(json.dumps(line) + "\n" for line in self.lines)
+        (self._directory / LOG_FILE).write_text(written, encoding="utf-8")
+        if self.lines:
+            self._plot()
 
     @property
     def seconds(self) -> float:
@@ -89,7 +103,7 @@ class RunLog:
     def add(self, step: Step) -> None:
         line = {**logged(step), "total_steps": self._total, "elapsed_time": round(self.seconds, 3)}
         self.lines.append(line)
-        with self._file.open("a", encoding="utf-8") as file:
+        with (self._directory / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._progress.update(self._bar, completed=step.step)
         if step.step % self._recipe.logging_steps == 0 or step.step == self._total:
@@ -105,10 +119,14 @@ class RunLog:
             "epoch": step.epoch,
         }
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self._progress.console.print(f"step {step.step}: {shown}", highlight=False)
+        place = f"{self._part}, step" if self._part else "step"
+        self._progress.console.print(f"{place} {step.step}: {shown}", highlight=False)
         if self._recipe.trackers:
             self._accelerator.log(values, step=step.step)
-        (self._recipe.output_dir / PLOT_FILE).write_text(loss_plot(self.lines), encoding="utf-8")
+        self._plot()
+
+    def _plot(self) -> None:
+        (self._directory / PLOT_FILE).write_text(loss_plot(self.lines), encoding="utf-8")
 
 
 def loss_plot(lines: Sequence[Mapping[str, Any]]) -> str:

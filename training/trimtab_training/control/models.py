@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from trimtab_mappings import VocabularyError, load_tokenizer
+from trimtab_training.control.errors import TrainingError
 from trimtab_training.control.recipe import Architecture, ControlModel, TemplateModel
-from trimtab_training.control.trainer import TrainingError
 
 
 def read_tokenizer(
@@ -65,12 +65,14 @@ def make_control(
 ) -> PreTrainedModel:
     """Load the control's checkpoint, or make a fresh model of `logits` logits, in float32.
 
+    The random state is seeded first, so that fresh weights and dropout repeat.
+
     Raises:
         TrainingError: it can't be loaded.
     """
+    torch.manual_seed(seed)
     if section.model_name_or_path is not None:
         return _load(section.model_name_or_path, section.revision, "float32")
-    torch.manual_seed(seed)
     assert section.config is not None  # noqa: S101 - the recipe has one of both
     return _fresh(section.config, tokenizer, logits)
 
@@ -116,11 +118,9 @@ def require_same_vocabulary(
         return
     differing = len(ours.items() ^ theirs.items())
     raise TrainingError(
-        f"Template {template} ({len(ours)} tokens) and control {control} ({len(theirs)} tokens) have"
-        " different"
-        f" vocabularies: {differing} entries are in one of them only. Take a control of the template's"
-        " vocabulary, or a"
-        " fresh one (`control: {config: ...}`)"
+        f"Template {template} ({len(ours)} tokens) and control {control} ({len(theirs)} tokens)"
+        f" have different vocabularies: {differing} entries are in one of them only."
+        " Take a control of the template's vocabulary, or a fresh one (`control: {config: ...}`)"
     )
 
 
@@ -133,13 +133,32 @@ def shared_logits(
         TrainingError: a model has fewer than there are tokens.
     """
     widths = [logits_of(template), logits_of(control)]
-    needed = max(tokenizer.get_vocab().values()) + 1
+    needed = token_count(tokenizer)
     if min(widths) < needed:
         raise TrainingError(
             f"The tokenizer has {needed} tokens, but the template has {widths[0]} logits and the control"
             f" {widths[1]}"
         )
     return min(widths)
+
+
+def require_enough_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a model without a template has a logit for each token.
+
+    Raises:
+        TrainingError: it has fewer.
+    """
+    logits, needed = logits_of(model), token_count(tokenizer)
+    if logits < needed:
+        raise TrainingError(
+            f"`control` has {logits} logits, but its tokenizer has {needed} tokens."
+            " Set `control.tokenizer_name` to the tokenizer of the model"
+        )
+
+
+def token_count(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of logits that a tokenizer's ids need."""
+    return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def logits_of(model: PreTrainedModel) -> int:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab_processors.pack import Pack
 from trimtab_training.control.data import DataFacts
-from trimtab_training.control.recipe import TrainRecipe
+from trimtab_training.control.recipe import ControlRecipe, TrainRecipe
 
 RECIPE_FILE = "training_recipe.yaml"
 _LAST_STEPS = 20
@@ -22,7 +23,7 @@ _PACKAGES = ("trimtab", "torch", "transformers", "accelerate")
 
 
 def write_pack(
-    recipe: TrainRecipe,
+    recipe: ControlRecipe,
     model: PreTrainedModel,
     weights: Mapping[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
@@ -38,8 +39,7 @@ def write_pack(
         training: what the manifest and the card say of the training.
     """
     directory = recipe.output_dir
-    model.save_pretrained(directory, state_dict=dict(weights))
-    tokenizer.save_pretrained(directory)
+    save_model(directory, model, weights, tokenizer)
     manifest = Pack(
         name=recipe.name, strength=pack_strength(recipe), description=recipe.description, training=training
     )
@@ -47,69 +47,76 @@ def write_pack(
     (directory / "README.md").write_text(model_card(recipe, training), encoding="utf-8")
 
 
-def pack_strength(recipe: TrainRecipe) -> float:
+def save_model(
+    directory: Path,
+    model: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write a model of a pack with its tokenizer."""
+    model.save_pretrained(directory, state_dict=dict(weights))
+    tokenizer.save_pretrained(directory)
+
+
+def pack_strength(recipe: ControlRecipe) -> float:
     """The strength of requests that name none: 1 if it was trained at, else the nearest one that was."""
     lowest, highest = recipe.strengths
     return min(max(1.0, lowest), highest)
 
 
-def training_facts(
-    recipe: TrainRecipe,
-    facts: Sequence[DataFacts],
-    log: Sequence[Mapping[str, Any]],
-    *,
-    command: str,
-    parameters: int,
-    seconds: float,
+def outcome(
+    facts: Sequence[DataFacts], log: Sequence[Mapping[str, Any]], steps: int, seconds: float
 ) -> dict[str, Any]:
-    """What is kept of a training.
+    """What is kept of one model's training.
 
     Args:
-        recipe: its keys.
         facts: its data.
         log: the lines of its log.
-        command: what was typed.
-        parameters: the control's.
-        seconds: how long the training took.
+        steps: the number of its steps.
+        seconds: how long it took.
     """
     last = log[-_LAST_STEPS:]
     return {
-        "method": "cross-model control (arXiv 2410.17599)",
-        "template": recipe.template.model_dump(mode="json", exclude_none=True),
-        "parameters": parameters,
         "data": [asdict(each) for each in facts],
-        "steps": log[-1]["step"],
-        "loss": {
-            name: round(sum(line["losses"][name] for line in last) / len(last), 6)
-            for name in log[-1]["losses"]
-        },
+        "steps": steps,
+        "loss": {each.name: _mean([line["losses"][each.name] for line in last]) for each in facts},
         "seconds": round(seconds, 1),
+    }
+
+
+def provenance(recipe: TrainRecipe, command: str) -> dict[str, Any]:
+    """What was typed, with which recipe and which versions."""
+    return {
         "command": command,
         "versions": {package: version(package) for package in _PACKAGES},
         "recipe": recipe.model_dump(mode="json", exclude_unset=True),
     }
 
 
-def model_card(recipe: TrainRecipe, training: Mapping[str, Any]) -> str:
-    """A model card in Markdown, with the front matter of the hub."""
-    head = yaml.safe_dump(
-        {
-            "library_name": "transformers",
-            "tags": ["trimtab", "cross-model-control"],
-            "pipeline_tag": "text-generation",
-        }
-    )
-    template = training["template"]["model_name_or_path"]
-    rows = "\n".join(
-        f"| {each['name']} | {each['objective']} | {each['weight']:g} | {each['records']} |"
-        f" {each['answer_tokens']} |"
-        f" {training['loss'][each['name']]:.4g} |"
-        for each in training["data"]
-    )
-    hashes = "\n".join(f"{sha}  {path}" for each in training["data"] for path, sha in each["sha256"].items())
-    return f"""---
-{head}---
+def training_facts(
+    recipe: ControlRecipe, made: Mapping[str, Any], *, command: str, parameters: int
+) -> dict[str, Any]:
+    """What is kept of a control's training.
 
+    Args:
+        recipe: its keys.
+        made: its outcome.
+        command: what was typed.
+        parameters: the control's.
+    """
+    return {
+        "method": "cross-model control (arXiv 2410.17599)",
+        "template": recipe.template.model_dump(mode="json", exclude_none=True),
+        "parameters": parameters,
+        **made,
+        **provenance(recipe, command),
+    }
+
+
+def model_card(recipe: ControlRecipe, training: Mapping[str, Any]) -> str:
+    """A model card in Markdown, with the front matter of the hub."""
+    template = training["template"]["model_name_or_path"]
+    return f"""{front_matter("cross-model-control")}
 # {recipe.name}
 
 {recipe.description or "A control."}
@@ -121,15 +128,9 @@ A control for Trimtab: its logits are added to those of a larger model, its temp
 - Strength: trained at {_range(recipe)}; {pack_strength(recipe):g} if a request names none
 - Steps: {training["steps"]}, in {training["seconds"]:.0f} s
 
-| data set | objective | weight | records | answer tokens | loss of the last {_LAST_STEPS} steps, in nats |
-|---|---|---|---|---|---|
-{rows}
+{data_table(training)}
 
-The files' sha256:
-
-```
-{hashes}
-```
+{hashes([training])}
 
 ## Use
 
@@ -137,7 +138,38 @@ The files' sha256:
 trimtab serve --model {template} --control {recipe.name}=DIRECTORY
 ```
 
-## Training
+{training_section(training)}"""
+
+
+def front_matter(method: str) -> str:
+    """What the hub reads of a model card."""
+    head = yaml.safe_dump(
+        {"library_name": "transformers", "tags": ["trimtab", method], "pipeline_tag": "text-generation"}
+    )
+    return f"---\n{head}---\n"
+
+
+def data_table(made: Mapping[str, Any]) -> str:
+    """The data sets of an outcome, with their losses."""
+    rows = "\n".join(
+        f"| {each['name']} | {each['objective']} | {each['weight']:g} | {each['records']} |"
+        f" {each['answer_tokens']} | {_loss(made['loss'][each['name']])} |"
+        for each in made["data"]
+    )
+    loss = f"loss of the last {_LAST_STEPS} steps, in nats"
+    head = f"| data set | objective | weight | records | answer tokens | {loss} |\n|---|---|---|---|---|---|"
+    return f"{head}\n{rows}"
+
+
+def hashes(outcomes: Sequence[Mapping[str, Any]]) -> str:
+    """The sha256 of each file that the outcomes come from."""
+    found = {path: sha for made in outcomes for each in made["data"] for path, sha in each["sha256"].items()}
+    lines = "\n".join(f"{sha}  {path}" for path, sha in found.items())
+    return f"The files' sha256:\n\n```\n{lines}\n```"
+
+
+def training_section(training: Mapping[str, Any]) -> str:
+    return f"""## Training
 
 ```sh
 {training["command"]}
@@ -147,6 +179,15 @@ with `{RECIPE_FILE}`, and these versions: `{json.dumps(training["versions"])}`.
 """
 
 
-def _range(recipe: TrainRecipe) -> str:
+def _mean(losses: Sequence[float]) -> float | None:
+    """The mean; None if the log of the steps is missing."""
+    return round(sum(losses) / len(losses), 6) if losses else None
+
+
+def _loss(loss: float | None) -> str:
+    return "not logged" if loss is None else f"{loss:.4g}"
+
+
+def _range(recipe: ControlRecipe) -> str:
     lowest, highest = recipe.strengths
     return f"{lowest:g}" if lowest == highest else f"{lowest:g} to {highest:g}"

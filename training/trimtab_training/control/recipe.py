@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -16,7 +16,6 @@ Tracker = Literal["none", "tensorboard", "wandb"]
 Factor = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 
 _OWN_KEYS = {"bound": "forget", "beta": "npo", "teacher": "distill"}
-
 
 _BY_METRIC = frozenset({"reduce_lr_on_plateau", "greedy"})
 """Schedules that follow a metric of an evaluation, which a training does not have."""
@@ -39,8 +38,7 @@ class Architecture(Section):
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 "`hidden_size` must be a multiple of twice `num_attention_heads`"
-                f" ({self.num_attention_heads}),"
-                f" got {self.hidden_size}"
+                f" ({self.num_attention_heads}), got {self.hidden_size}"
             )
         return self
 
@@ -52,7 +50,7 @@ class ControlModel(Section):
     revision: str | None = None
     config: Architecture | None = None
     tokenizer_name: str | None = None
-    """Whose vocabulary a fresh model has; by default the template's."""
+    """Whose vocabulary a fresh model has. With a template it may be left out: it is the template's then."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ControlModel:
@@ -117,20 +115,16 @@ class DataSet(Section):
 
 
 class TrainRecipe(Section):
-    """What `trimtab train` makes a control from."""
+    """The keys of every recipe of `trimtab train`."""
 
     name: ControlName = "control"
     description: str = ""
-    template: TemplateModel
     control: ControlModel
-    datasets: list[DataSet] = Field(min_length=1)
     output_dir: Path
 
     chat_template: str | None = None
     """A Jinja template, or a file with one, in place of the tokenizer's own."""
     max_length: PositiveInt = 1024
-    strength: Factor | tuple[Factor, Factor] = 1.0
-    shift_penalty: NonNegativeFloat = 0.0
 
     per_device_train_batch_size: PositiveInt = 8
     gradient_accumulation_steps: PositiveInt = 1
@@ -160,16 +154,13 @@ class TrainRecipe(Section):
     overwrite_output_dir: bool = False
 
     @model_validator(mode="after")
-    def _ranges(self) -> TrainRecipe:
-        low, high = self.strengths
-        if low > high:
-            raise ValueError(f"`strength` must be a number or [lowest, highest], got [{low}, {high}]")
+    def _one_precision(self) -> Self:
         if self.bf16 and self.fp16:
             raise ValueError("`bf16` and `fp16` exclude each other: set one of them to false")
         return self
 
     @model_validator(mode="after")
-    def _known_schedule(self) -> TrainRecipe:
+    def _known_schedule(self) -> Self:
         from transformers.trainer_utils import SchedulerType  # noqa: PLC0415 - slow to import
 
         kinds = [str(kind.value) for kind in SchedulerType if kind.value not in _BY_METRIC]
@@ -181,7 +172,13 @@ class TrainRecipe(Section):
 
     @property
     def strengths(self) -> tuple[float, float]:
-        return self.strength if isinstance(self.strength, tuple) else (self.strength, self.strength)
+        """The range of the factor on the trained model's logits."""
+        return 1.0, 1.0
+
+    @property
+    def penalty(self) -> float:
+        """The factor on the mean square of the trained model's logits."""
+        return 0.0
 
     @property
     def trackers(self) -> list[str]:
@@ -195,3 +192,28 @@ class TrainRecipe(Section):
     def batch_size(self, data_set: DataSet) -> int:
         """The records of `data_set` in a forward pass of one device."""
         return data_set.per_device_train_batch_size or self.per_device_train_batch_size
+
+
+class ControlRecipe(TrainRecipe):
+    """A control that is trained beside a template."""
+
+    kind: Literal["control"] = "control"
+    template: TemplateModel
+    datasets: list[DataSet] = Field(min_length=1)
+    strength: Factor | tuple[Factor, Factor] = 1.0
+    shift_penalty: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _ordered_strengths(self) -> Self:
+        low, high = self.strengths
+        if low > high:
+            raise ValueError(f"`strength` must be a number or [lowest, highest], got [{low}, {high}]")
+        return self
+
+    @property
+    def strengths(self) -> tuple[float, float]:
+        return self.strength if isinstance(self.strength, tuple) else (self.strength, self.strength)
+
+    @property
+    def penalty(self) -> float:
+        return self.shift_penalty

@@ -1,4 +1,4 @@
-"""The distributions that a control is added to, and that it is held to: those of a frozen model."""
+"""The distributions that a control is added to, and that it is held to: those of a frozen model, or none."""
 
 from __future__ import annotations
 
@@ -36,6 +36,19 @@ class LiveTemplate:
     def log_probs(self, views: Sequence[View]) -> Tensor:
         logits = answer_logits(self._model, views, self._pad_id, self._device)
         return log_softmax(logits[:, : self._vocabulary], dim=-1)
+
+
+class NoTemplate:
+    """No template: every token is equally likely, so the loss is that of the trained model alone."""
+
+    def __init__(self, device: torch.device, vocabulary: int) -> None:
+        """Args: vocabulary: the number of logits of the trained model."""
+        self._zero = torch.zeros((1, 1), device=device)
+        self._vocabulary = vocabulary
+
+    def log_probs(self, views: Sequence[View]) -> Tensor:
+        """Zeros: log-probabilities up to a constant, which the softmax of the sum removes."""
+        return self._zero.expand(sum(len(view.positions) for view in views), self._vocabulary)
 
 
 def answer_logits(model: Module, views: Sequence[View], pad_id: int, device: torch.device) -> Tensor:

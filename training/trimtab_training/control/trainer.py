@@ -13,20 +13,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
+from trimtab_training.control.errors import TrainingError
 from trimtab_training.control.examples import Example, View
 from trimtab_training.control.objectives import Objective, controlled_log_probs
+from trimtab_training.control.optimization import make_optimizer, make_schedule
 from trimtab_training.control.plan import Plan
 from trimtab_training.control.recipe import TrainRecipe
 from trimtab_training.control.reference import Reference, answer_logits
 
 _STATE_FILE = "trimtab_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-
-class TrainingError(RuntimeError):
-    """The training can't start or go on; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +78,11 @@ class Trainer:
         """Args:
         accelerator: where and in which precision it runs.
         control: float32 weights.
-        reference: the template.
+        reference: the template, or `NoTemplate`.
         sets: what to train on. The first one counts the epochs.
         recipe: how.
         pad_id: the token behind the end of shorter views.
-        vocabulary: the number of logits that template and control share.
+        vocabulary: the number of logits that template and control share; without a template, the control's.
         """
         self._accelerator = accelerator
         self._reference = reference
@@ -101,20 +99,8 @@ class Trainer:
         planned = self._plan.steps(recipe.num_train_epochs)
         self.total_steps = recipe.max_steps if recipe.max_steps > 0 else planned
         self.done = 0
-        optimizer = torch.optim.AdamW(
-            control.parameters(),
-            lr=recipe.learning_rate,
-            betas=(recipe.adam_beta1, recipe.adam_beta2),
-            eps=recipe.adam_epsilon,
-            weight_decay=recipe.weight_decay,
-        )
-        schedule = get_scheduler(
-            recipe.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=recipe.warmup_steps or math.ceil(self.total_steps * recipe.warmup_ratio),
-            num_training_steps=self.total_steps,
-            scheduler_specific_kwargs=recipe.lr_scheduler_kwargs,
-        )
+        optimizer = make_optimizer(control, recipe)
+        schedule = make_schedule(optimizer, recipe, self.total_steps)
         self._control, self._optimizer, self._schedule = accelerator.prepare(control, optimizer, schedule)
 
     def run(self, on_step: Callable[[Step], bool]) -> None:
@@ -198,8 +184,8 @@ class Trainer:
             )
             sums.losses[place] += loss.item()
             total = total + each.weight * loss
-        if self._recipe.shift_penalty:
-            penalty = self._recipe.shift_penalty * shift.square().mean() / self._micro_steps
+        if self._recipe.penalty:
+            penalty = self._recipe.penalty * shift.square().mean() / self._micro_steps
             sums.penalty += penalty.item()
             total = total + penalty
         sums.tokens += start
