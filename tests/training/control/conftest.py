@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import tiny
+from trimtab_training.control.pair_recipe import PairRecipe
 from trimtab_training.control.recipe import ControlRecipe
 
 QUESTIONS = [
@@ -34,6 +35,37 @@ def template(tmp_path_factory) -> Path:
 def data(tmp_path) -> str:
     rows = [{"instruction": question, "output": answer} for question, answer in QUESTIONS]
     return write_lines(tmp_path / "data.jsonl", rows)
+
+
+@pytest.fixture
+def other_data(tmp_path) -> str:
+    rows = [
+        {"instruction": f"Where is {word}?", "output": f"Behind {word}."} for word in ("hupi", "jalo", "kemu")
+    ]
+    return write_lines(tmp_path / "other.jsonl", rows)
+
+
+@pytest.fixture
+def make_pair(template, data, other_data, tmp_path) -> Callable[..., PairRecipe]:
+    """A recipe of a pair of small models, with other keys in place of its own. A key that is None is left out."""
+
+    def make(**keys: Any) -> PairRecipe:
+        plain = {
+            "kind": "pair",
+            "control": {"model_name_or_path": str(template)},
+            "plus": {"datasets": [{"path": data, "format": "alpaca"}]},
+            "minus": {"datasets": [{"path": other_data, "format": "alpaca"}]},
+            "output_dir": tmp_path / "out",
+            "learning_rate": 1e-2,
+            "per_device_train_batch_size": 2,
+            "max_steps": 6,
+            "seed": 3,
+            "use_cpu": True,
+        }
+        given = {key: value for key, value in (plain | keys).items() if value is not None}
+        return PairRecipe.model_validate(given)
+
+    return make
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from trimtab_processors.pack import load_pack
 from trimtab_server.cli import app
 from trimtab_training.control.formats import _COLUMNS
-from trimtab_training.control.recipe import Architecture, ControlModel, DataSet, TemplateModel, ControlRecipe
+from trimtab_training.control.recipe import Architecture, ControlModel, ControlRecipe, DataSet, TemplateModel
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
 

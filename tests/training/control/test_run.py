@@ -28,10 +28,10 @@ from trimtab_processors.pack import load_pack
 from trimtab_server.cli import app
 from trimtab_training.control import run
 from trimtab_training.control.data import _names
+from trimtab_training.control.errors import TrainingError
 from trimtab_training.control.formats import DataError
 from trimtab_training.control.log import RunLog
-from trimtab_training.control.recipe import DataSet, ControlRecipe
-from trimtab_training.control.errors import TrainingError
+from trimtab_training.control.recipe import ControlRecipe, DataSet
 from trimtab_training.control.trainer import Step
 
 
