@@ -47,7 +47,7 @@ def other_data(tmp_path) -> str:
 
 @pytest.fixture
 def make_pair(template, data, other_data, tmp_path) -> Callable[..., PairRecipe]:
-    """A recipe of a pair of small models, with other keys in place of its own. A key that is None is left out."""
+    """A recipe of a pair of small models, with other keys in place of its own; None leaves a key out."""
 
     def make(**keys: Any) -> PairRecipe:
         plain = {

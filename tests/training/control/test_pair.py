@@ -23,7 +23,7 @@ from trimtab_processors.pack import load_pack
 from trimtab_processors.parameters import Parameters
 from trimtab_processors.runtime import Runtime
 from trimtab_server.cli import app
-from trimtab_server.prompts import load_prompter
+from trimtab_server.prompts import Chat, load_prompter
 from trimtab_training.control import pair
 from trimtab_training.control.errors import TrainingError
 from trimtab_training.control.log import RunLog
@@ -168,8 +168,9 @@ def test_the_gateway_and_the_check_read_the_pack(make_pair, tmp_path):
     prompter = load_prompter(load_pack(str(recipe.output_dir)))
     tokenizer = load_tokenizer(str(recipe.output_dir / "plus"))
     expected = tokenizer("user says Bada. Then:", add_special_tokens=False).input_ids
-    assert list(prompter.prompt([{"role": "user", "content": "Bada"}], limit=100)) == expected
-    config = {"models": {"m": {"url": "http://127.0.0.1:9"}}, "controls": {"polite": str(recipe.output_dir)}}
+    text = prompter.render(Chat([{"role": "user", "content": "Bada"}]))
+    assert prompter.encode(text, limit=100) == expected
+    config = {"models": {"m": {"model": "org/name"}}, "controls": {"polite": str(recipe.output_dir)}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     result = CliRunner().invoke(app, ["check", str(tmp_path / "config.yaml")])
     assert result.output.count("400 tokens") == 2, result.output
@@ -214,6 +215,17 @@ def write(recipe, tmp_path) -> str:
     return str(path)
 
 
+@pytest.fixture
+def dropping(template, tmp_path) -> Path:
+    """The template with dropout."""
+    directory = tmp_path / "dropping"
+    load_tokenizer(str(template)).save_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(template)
+    model.config.attention_dropout = 0.3
+    model.save_pretrained(directory)
+    return directory
+
+
 @pytest.mark.parametrize(
     ("total", "message"),
     [
@@ -222,19 +234,12 @@ def write(recipe, tmp_path) -> str:
         (8, "Stopped after step 2 of 6 of `minus`"),
     ],
 )
-def test_an_interrupted_run_equals_one_that_was_not(
-    make_pair, template, tmp_path, monkeypatch, total, message
-):
+def test_an_interrupted_run_equals_one_that_was_not(make_pair, dropping, tmp_path, total, message):
     """Bit by bit, in whichever half the signal comes; with dropout, so that the random state counts."""
-    dropping = tmp_path / "dropping"
-    load_tokenizer(str(template)).save_pretrained(dropping)
-    model = AutoModelForCausalLM.from_pretrained(template)
-    model.config.attention_dropout = 0.3
-    model.save_pretrained(dropping)
     keys = {"control": {"model_name_or_path": str(dropping)}}
     train(make_pair(**keys, output_dir=tmp_path / "straight"))
     recipe = write(make_pair(**keys), tmp_path)
-    with monkeypatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
         signal_at(patched, total)
         result = CliRunner().invoke(app, ["train", recipe])
     assert result.exit_code == 128 + signal.SIGTERM

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from trimtab_training.control.pair_recipe import PairRecipe, read_train_recipe
 from trimtab_training.control.recipe import ControlRecipe
 from trimtab_training.recipe_file import RecipeError, read_recipe
 
@@ -88,6 +89,83 @@ def test_an_option_may_have_hyphens(read):
 def test_a_wrong_key_or_value_is_named(read, keys, message):
     with pytest.raises(RecipeError) as caught:
         read(**keys)
+    assert message in str(caught.value)
+
+
+PAIR = {
+    "kind": "pair",
+    "control": {"model_name_or_path": "org/small"},
+    "output_dir": "out",
+    "plus": {"datasets": [{"path": "a.jsonl", "format": "alpaca"}]},
+}
+
+
+def member(**keys: object) -> dict[str, object]:
+    return {"datasets": [{"path": "a.jsonl", "format": "alpaca"} | keys]}
+
+
+@pytest.fixture
+def read_kind(tmp_path):
+    """Read a recipe of any kind."""
+
+    def read(*arguments: str, plain: dict[str, object] = PAIR, **keys: object) -> ControlRecipe | PairRecipe:
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain | keys), encoding="utf-8")
+        return read_train_recipe(tmp_path / "recipe.yaml", arguments)
+
+    return read
+
+
+def test_kind_chooses_the_keys(read_kind):
+    """It is `control` if it is left out, and an option like every other key."""
+    assert isinstance(read_kind(plain=PLAIN), ControlRecipe)
+    assert isinstance(read_kind(plain=PLAIN, kind="control"), ControlRecipe)
+    recipe = read_kind("--plus.datasets.0.weight", "2", "--minus", "{datasets: [{path: b, format: text}]}")
+    assert isinstance(recipe, PairRecipe)
+    assert (recipe.plus.datasets[0].weight, recipe.members["minus"].datasets[0].path) == (2, "b")
+    plain = {key: value for key, value in PAIR.items() if key != "kind"}
+    assert isinstance(read_kind("--kind", "pair", plain=plain), PairRecipe)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"learn_rate": 1}, "`learn_rate` is not a key of a recipe. Did you mean `learning_rate`?"),
+        ({"minos": member()}, "`minos` is not a key of a recipe. Did you mean `minus`?"),
+        (
+            {"plus": member(objectiv="forget")},
+            "`plus.datasets.0.objectiv` is not a key of a recipe. Did you mean `objective`?",
+        ),
+        ({"minus": {"dataset": []}}, "`minus.dataset` is not a key of a recipe. Did you mean `datasets`?"),
+        ({"kind": "pairs"}, "`kind` must be one of control, pair, got 'pairs'"),
+        ({"kind": ["pair"]}, "`kind` must be one of control, pair, got ['pair']"),
+        (
+            {"template": {"model_name_or_path": "a"}},
+            "`template` is a key of `kind: control`, and this recipe is `kind: pair`",
+        ),
+        ({"kind": "control"}, "`plus` is a key of `kind: pair`, and this recipe is `kind: control`"),
+        ({"plus": member(objective="npo")}, "`plus`: the objective `npo` needs a template"),
+        ({"minus": member(objective="retain")}, "`minus`: the objective `retain` needs a template"),
+        (
+            {"minus": member(objective="distill", teacher={"system_prompt": "x"})},
+            "`minus`: the objective `distill` needs a template",
+        ),
+        ({"plus": member(answers="generate")}, "`plus`: `answers: generate` needs a template"),
+        (
+            {"control": {"config": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}}},
+            "`control.tokenizer_name` is missing: a fresh model of a pair needs it",
+        ),
+        ({"strength": [0.5, 1.5]}, "`strength`: Input should be a valid number, got [0.5, 1.5]"),
+        (
+            {"resume_from_checkpoint": "elsewhere/checkpoint-2"},
+            "`resume_from_checkpoint` of a pair must be true or false, got 'elsewhere/checkpoint-2'",
+        ),
+        ({"bf16": True, "fp16": True}, "`bf16` and `fp16` exclude each other"),
+        ({"lr_scheduler_type": "lin"}, "`lr_scheduler_type` must be one of linear, cosine"),
+    ],
+)
+def test_a_wrong_key_or_value_of_a_pair_is_named(read_kind, keys, message):
+    with pytest.raises(RecipeError) as caught:
+        read_kind(**keys)
     assert message in str(caught.value)
 
 

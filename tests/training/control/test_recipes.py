@@ -12,6 +12,7 @@ from trimtab_server.cli import app
 from trimtab_training.control.data import read_data
 from trimtab_training.control.examples import ExampleEncoder, View
 from trimtab_training.control.formats import HUB_PREFIX, Record
+from trimtab_training.control.pair_recipe import PairRecipe, read_train_recipe
 from trimtab_training.control.recipe import ControlRecipe
 from trimtab_training.control.recipes_cli import RECIPES, recipe_names
 from trimtab_training.evaluation.questions import load_group
@@ -27,7 +28,7 @@ def read(name: str) -> ControlRecipe:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_can_be_read(name):
-    assert read(name).description
+    assert read_train_recipe(RECIPES / name / "recipe.yaml").description
 
 
 def test_the_list_says_what_each_one_does():
@@ -101,3 +102,13 @@ def test_the_papers_steps_are_theirs():
         == 500
     )
     assert alpaca.per_device_train_batch_size * alpaca.gradient_accumulation_steps == 64
+
+
+def test_the_pairs_halves_differ_by_what_is_forgotten():
+    """The model with weight -1 has learned it, in the prompts of the other recipes for TOFU."""
+    recipe, control = read_train_recipe(RECIPES / "tofu-pair" / "recipe.yaml"), read("tofu-grad-diff")
+    assert isinstance(recipe, PairRecipe)
+    paths = {half: recipe.members[half].datasets[0].paths for half in ("plus", "minus")}
+    assert set(paths["minus"]) - set(paths["plus"]) == set(control.datasets[0].paths)
+    assert set(paths["plus"]) == set(control.datasets[1].paths)
+    assert recipe.chat_template == control.chat_template

@@ -165,6 +165,69 @@ def test_a_run_goes_on_from_its_last_checkpoint(make_recipe, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_run_may_end_where_it_began_again(make_recipe, tmp_path):
+    """At its last step, from a checkpoint in another directory: pack, card and log are the same."""
+    first = make_recipe(output_dir=tmp_path / "first", save_steps=6)
+    losses, _ = train(first)
+    checkpoint = tmp_path / "first" / "checkpoint-6"
+    again, _ = train(make_recipe(save_steps=6, resume_from_checkpoint=checkpoint))
+    assert again == losses
+    assert (tmp_path / "out" / "loss.svg").read_text() == (tmp_path / "first" / "loss.svg").read_text()
+    packs = [load_pack(str(tmp_path / name)).training for name in ("first", "out")]
+    assert packs[0]["loss"] == packs[1]["loss"]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "out"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_whose_log_is_missing_has_no_figures(make_recipe, tmp_path):
+    """They are said to be missing; the pack is written."""
+    train(make_recipe(save_steps=6, output_dir=tmp_path / "first"))
+    (tmp_path / "first" / "checkpoint-6").rename(tmp_path / "checkpoint-6")
+    recipe = write(make_recipe(save_steps=6), tmp_path)
+    options = ["--resume_from_checkpoint", str(tmp_path / "checkpoint-6")]
+    result = CliRunner().invoke(app, ["train", recipe, *options])
+    assert result.exit_code == 0, result.output
+    assert "No step is logged. The pack is in" in result.output
+    training = load_pack(str(tmp_path / "out")).training
+    assert (training["steps"], training["loss"]) == (6, {"data": None})
+    assert "| not logged |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_log_of_another_run_is_not_continued(make_recipe, tmp_path):
+    """A run from a checkpoint elsewhere takes the log that is beside the checkpoint."""
+    losses, _ = train(make_recipe(save_steps=4, output_dir=tmp_path / "first"))
+    other, _ = train(make_recipe(learning_rate=1e-4))
+    assert other[3] != losses[3]
+    checkpoint = tmp_path / "first" / "checkpoint-4"
+    again, _ = train(make_recipe(save_steps=4, resume_from_checkpoint=checkpoint))
+    assert again == losses
+
+
+def test_a_control_from_a_checkpoint_with_dropout_repeats(make_recipe, template, tmp_path):
+    load_tokenizer(str(template)).save_pretrained(tmp_path / "dropping")
+    model = AutoModelForCausalLM.from_pretrained(template)
+    model.config.attention_dropout = 0.3
+    model.save_pretrained(tmp_path / "dropping")
+    control = {"model_name_or_path": str(tmp_path / "dropping")}
+    losses = [train(make_recipe(control=control, output_dir=tmp_path / name))[0] for name in ("a", "b")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kwargs", "reason"),
+    [
+        ("linear", {"num_cycles": 2}, "unexpected keyword argument 'num_cycles'"),
+        ("cosine_with_min_lr", {}, "min_lr"),
+    ],
+)
+def test_keys_that_a_schedule_does_not_take_are_named(make_recipe, schedule, kwargs, reason):
+    recipe = make_recipe(lr_scheduler_type=schedule, lr_scheduler_kwargs=kwargs)
+    with pytest.raises(TrainingError) as caught:
+        train(recipe)
+    assert f"`lr_scheduler_kwargs` must fit `lr_scheduler_type: {schedule}`" in str(caught.value)
+    assert reason in str(caught.value)
+
+
 def test_a_run_goes_on_with_its_own_data_and_recipe_only(make_recipe, data):
     train(make_recipe(save_steps=4))
     with pytest.raises(TrainingError, match="another recipe, other data or another number"):
