@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
 import tiny
 from trimtab_training.control.pair_recipe import PairRecipe
@@ -35,6 +40,33 @@ def template(tmp_path_factory) -> Path:
 def data(tmp_path) -> str:
     rows = [{"instruction": question, "output": answer} for question, answer in QUESTIONS]
     return write_lines(tmp_path / "data.jsonl", rows)
+
+
+def _as_rank(rank: int, port: int, run: Callable[[int], object]) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run(rank)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def in_two_processes() -> Callable[[Callable[[int], object]], None]:
+    """Run a function of the rank in two processes that are joined by gloo; both must end without an error."""
+
+    def run_both(run: Callable[[int], object]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        forked = multiprocessing.get_context("fork")
+        processes = [forked.Process(target=_as_rank, args=(rank, port, run)) for rank in (0, 1)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+            process.kill()
+        assert [process.exitcode for process in processes] == [0, 0]
+
+    return run_both
 
 
 @pytest.fixture

@@ -252,6 +252,26 @@ def test_an_interrupted_run_equals_one_that_was_not(make_pair, dropping, tmp_pat
     require_same(tmp_path / "straight", tmp_path / "out")
 
 
+def test_two_processes_train_as_one_with_twice_the_batch(make_pair, in_two_processes, tmp_path):
+    """The first one alone writes the pack and says where it is."""
+    keys = {"adam_epsilon": 1e-2}
+    expected, _ = train(make_pair(**keys, output_dir=tmp_path / "alone", per_device_train_batch_size=4))
+    recipe = write(make_pair(**keys), tmp_path)
+
+    def run(rank: int) -> None:
+        result = CliRunner().invoke(app, ["train", recipe])
+        assert result.exit_code == 0, result.output
+        (tmp_path / f"said-{rank}").write_text(result.stdout)
+
+    in_two_processes(run)
+    assert (tmp_path / "said-0").read_text().startswith("Loss of the last step: plus ")
+    assert (tmp_path / "said-1").read_text() == ""
+    for half in HALVES:
+        lines = read_lines(tmp_path / "out" / half / "trainer_log.jsonl")
+        assert [line["loss"] for line in lines] == pytest.approx(expected[half], rel=1e-4)
+    assert (tmp_path / "out" / "trimtab.json").is_file()
+
+
 def test_a_half_that_is_done_is_not_trained_again(make_pair, tmp_path, monkeypatch):
     recipe = write(make_pair(), tmp_path)
     with monkeypatch.context() as patched:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -31,7 +28,7 @@ from trimtab_training.control.data import _names
 from trimtab_training.control.errors import TrainingError
 from trimtab_training.control.formats import DataError
 from trimtab_training.control.log import RunLog
-from trimtab_training.control.recipe import ControlRecipe, DataSet
+from trimtab_training.control.recipe import DataSet
 from trimtab_training.control.trainer import Step
 
 
@@ -331,27 +328,10 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(make_recipe, tmp_path, monke
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def train_as(rank: int, port: int, recipe: ControlRecipe) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train(recipe)
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_train_as_one_with_twice_the_batch(make_recipe, tmp_path):
+def test_two_processes_train_as_one_with_twice_the_batch(make_recipe, in_two_processes, tmp_path):
     """Started by a fork, as torchrun starts them otherwise, and joined by gloo."""
     expected, _ = train(make_recipe(output_dir=tmp_path / "alone", per_device_train_batch_size=4))
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    forked = multiprocessing.get_context("fork")
-    processes = [forked.Process(target=train_as, args=(rank, port, make_recipe())) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    in_two_processes(lambda _: train(make_recipe()))
     lines = (tmp_path / "out" / "trainer_log.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == pytest.approx(expected, rel=1e-4)
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "out"))

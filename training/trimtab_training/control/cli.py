@@ -22,6 +22,7 @@ def train(context: typer.Context) -> None:
     Every key of the recipe is also an option, whose value is YAML: `--learning_rate 1e-4`,
     `--template.model_name_or_path ./model`, `--datasets.0.weight 2`. docs/training.md has the keys.
     """
+    from accelerate import PartialState
     from transformers.utils import logging
 
     from trimtab_training.control.errors import TrainingError
@@ -48,7 +49,8 @@ def train(context: typer.Context) -> None:
     except InterruptedRunError as error:
         typer.echo(f"trimtab train: {error}", err=True)
         raise typer.Exit(128 + error.signal_number) from error
-    print(f"{_last_losses(losses)} The pack is in {recipe.output_dir}")
+    if PartialState().is_main_process:
+        print(f"{_last_losses(losses)} The pack is in {recipe.output_dir}")
 
 
 def _last_losses(losses: Mapping[str, Sequence[float]]) -> str:
