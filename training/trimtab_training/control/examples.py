@@ -130,9 +130,8 @@ class ExampleEncoder:
     def _render(self, record: Record, messages: Sequence[Message], *, prompt: bool) -> str:
         if self._tokenizer.chat_template is None:
             raise DataError(
-                f"{record.place} is a conversation, and the tokenizer has no chat template. Set"
-                " `chat_template`,"
-                " or use the format `prompt_completion`"
+                f"{record.place} is a conversation, and the tokenizer has no chat template."
+                " Set `chat_template`, or use the format `prompt_completion`"
             )
         try:
             text: str = self._tokenizer.apply_chat_template(
@@ -201,9 +200,8 @@ class ExampleEncoder:
         prompt = view.positions[0] if view.positions else len(view.ids)
         if prompt >= self._max_length:
             raise DataError(
-                f"{record.place}: its prompt has {prompt} tokens, and `max_length` is"
-                f" {self._max_length}, which"
-                " leaves none for an answer. Raise `max_length` or shorten the prompt"
+                f"{record.place}: its prompt has {prompt} tokens, and `max_length` is {self._max_length},"
+                " which leaves none for an answer. Raise `max_length` or shorten the prompt"
             )
         if not view.positions:
             raise DataError(f"{record.place}: its answer has no tokens")
@@ -216,9 +214,8 @@ class ExampleEncoder:
     def _require_room(self, record: Record, prompt: int) -> None:
         if prompt >= self._max_length:
             raise DataError(
-                f"{record.place}: its prompt has {prompt} tokens, and `max_length` is"
-                f" {self._max_length}, which"
-                " leaves none for an answer. Raise `max_length` or shorten the prompt"
+                f"{record.place}: its prompt has {prompt} tokens, and `max_length` is {self._max_length},"
+                " which leaves none for an answer. Raise `max_length` or shorten the prompt"
             )
 
 

@@ -104,8 +104,7 @@ def train_pair(recipe: PairRecipe, command: str, console: Console) -> dict[str, 
 
 def _read(recipe: PairRecipe, console: Console) -> _Pair:
     """Read the tokenizer and all data, and show them, before anything is trained."""
-    source = recipe.tokenizer_source or ""
-    tokenizer = models.read_tokenizer(source, recipe.control.revision, recipe.chat_template)
+    tokenizer = models.read_tokenizer(recipe.tokenizer_source, recipe.control.revision, recipe.chat_template)
     data = {}
     for part, member in recipe.members.items():
         encoder = ExampleEncoder(tokenizer, recipe.max_length)

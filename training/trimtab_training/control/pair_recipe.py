@@ -47,7 +47,7 @@ class PairRecipe(TrainRecipe):
 
     @model_validator(mode="after")
     def _has_a_tokenizer(self) -> Self:
-        if self.tokenizer_source is None:
+        if not self.tokenizer_source:
             raise ValueError("`control.tokenizer_name` is missing: a fresh model of a pair needs it")
         return self
 
@@ -66,8 +66,9 @@ class PairRecipe(TrainRecipe):
         return {"plus": self.plus} | ({"minus": self.minus} if self.minus else {})
 
     @property
-    def tokenizer_source(self) -> str | None:
-        return self.control.tokenizer_name or self.control.model_name_or_path
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer of both models is."""
+        return self.control.tokenizer_name or self.control.model_name_or_path or ""
 
 
 _KINDS: dict[str, type[ControlRecipe | PairRecipe]] = {"control": ControlRecipe, "pair": PairRecipe}
