@@ -55,7 +55,7 @@ def test_answers_are_kept_for_the_next_run(tmp_path):
 def data_of(recipe, generate):
     tokenizer = load_tokenizer(recipe.template.model_name_or_path)
     encoder = ExampleEncoder(tokenizer, recipe.max_length)
-    return tokenizer, complete_data(recipe, read_data(recipe, encoder), encoder, generate)
+    return tokenizer, complete_data(recipe, read_data(recipe.datasets, encoder), encoder, generate)
 
 
 @pytest.mark.parametrize(
