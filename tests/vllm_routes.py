@@ -7,14 +7,16 @@ import os
 import sys
 from argparse import Namespace
 
-os.environ |= {
+ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
+"""Of this process alone: the test that starts it imports it, too."""
 
 
 def main() -> None:
+    os.environ |= ENVIRONMENT
     from fastapi import FastAPI
     from vllm.entrypoints.launchers.api_server.routers import register_api_routers
     from vllm.entrypoints.serve.sagemaker.api_router import sagemaker_standards_bootstrap

@@ -44,10 +44,13 @@ def by_definition(token, control):
 
 def row_by_definition(token, is_byte_token, control):
     """The row of a table, of a control with byte tokens; slow."""
-    tokens, byte_tokens = control.tokens, control.byte_fallback
+    tokens, byte_tokens, said = control.tokens, control.byte_fallback, control.said
     same = [i for i, other in enumerate(tokens) if token and other == token]
     if same:
-        return min(same, key=lambda i: ((i in byte_tokens) is not is_byte_token, i in byte_tokens, i))
+        # as the target's: text or a byte; of text, what the control's tokenizer says for it
+        return min(
+            same, key=lambda i: ((i in byte_tokens) is not is_byte_token, i in byte_tokens, i not in said, i)
+        )
     twins = {other for i, other in enumerate(tokens) if i not in byte_tokens}
     found = [
         (distance(token, other), i)
@@ -87,6 +90,7 @@ def test_the_nearest_is_the_least_by_edit_distance_and_id_of_all_pairs(tokens, c
 @example(target=["", "<0x61>", "a"], control=["<0x61>", "", "a", "a▁", "a "])
 @example(target=["<0x61>"], control=["a", "b"])
 @example(target=["", ""], control=[])
+@example(target=[" "], control=["▁", " "])
 def test_every_row_agrees_with_the_definition(target, control):
     target, control = with_fallback(target).vocabulary, with_fallback(control)
     table = build_table(target, control)
