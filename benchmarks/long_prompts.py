@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import random
 import time
 from collections import Counter
@@ -36,7 +37,7 @@ SETTLE_SECONDS = 3
 HEALTH_SECONDS = 0.02
 PAUSE_SECONDS = 0.05
 """Between two small requests of a model."""
-SHORT_ENOUGH = 2000
+SHORT_ENOUGH = 500
 """Bytes of a text that is tokenized: more would exceed the context of the small world's models."""
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -143,6 +144,7 @@ async def ask_health(session: aiohttp.ClientSession, seen: dict[str, Any], ended
 
 def send_large(url: str, requests: int, at_once: int, largest: float, found: Any) -> None:
     """Send the large requests; what became of them goes into the queue `found`."""
+    os.nice(19)  # such clients are on other machines: making the bodies must not take the engines' cores
     found.put(asyncio.run(_send_large(url, requests, at_once, largest)))
 
 
