@@ -100,7 +100,7 @@ class Gateway:
 
 
 class Served(Protocol):
-    """What is served: a world, or other models with a control."""
+    """Models and a control for a gateway: a world has both."""
 
     @property
     def control(self) -> Path: ...

@@ -5,7 +5,7 @@ asked on SmolLM2, Qwen2.5-Coder and Gemma 3 at several strengths, with both rout
 user would do instead: the same instruction as a system prompt. With `--served` the gateway is asked too, on a
 real engine for each model, and its greedy answers are compared with the evaluator's, character by character.
 
-What was trained or asked once is kept, and is not done again. The tables are those of docs/real_models.md.
+Controls and answers are kept: a second call trains and asks only what is missing.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Experiment:
         return sum(mine[place] == text for place, text in its.items()) / len(its)
 
     def seconds(self) -> float:
-        """How long the training took."""
+        """The seconds of the training."""
         manifest = json.loads((self.control / "trimtab.json").read_bytes())
         return float(manifest["training"]["seconds"])
 
@@ -125,7 +125,7 @@ class Experiment:
 
 
 def _stop(target: str) -> list[str]:
-    """A base model goes on with another question: a line is an answer."""
+    """Options that end an answer of a base model, which would write another question, after its line."""
     return ['--stop=["\\n"]'] if target in BASE_MODELS else []
 
 
@@ -174,7 +174,7 @@ def print_table(
     for target in targets:
         cells = [{_key(cell): cell["mean"] for cell in controlled[task, seed, target]} for seed in seeds]
         plain = {_question(cell): cell["mean"] for cell in prompted[task, target]}
-        settings = sorted({key[2:] for key in cells[0]}, key=lambda each: (each[1], each[0]))
+        settings = list(dict.fromkeys(key[2:] for key in cells[0]))
         if not header:
             header = ["target", "questions", "score", *(_name(*each) for each in settings), "system prompt"]
             print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")

@@ -67,7 +67,7 @@ def pack_strength(recipe: ControlRecipe) -> float:
 def outcome(
     facts: Sequence[DataFacts], log: Sequence[Mapping[str, Any]], steps: int, seconds: float
 ) -> dict[str, Any]:
-    """What is kept of one model's training.
+    """The manifest's entry on the training of one model.
 
     Args:
         facts: its data.
@@ -85,7 +85,7 @@ def outcome(
 
 
 def provenance(recipe: TrainRecipe, command: str) -> dict[str, Any]:
-    """What was typed, with which recipe and which versions."""
+    """The command, the recipe and the versions of the packages."""
     return {
         "command": command,
         "versions": {package: version(package) for package in _PACKAGES},
@@ -96,7 +96,7 @@ def provenance(recipe: TrainRecipe, command: str) -> dict[str, Any]:
 def training_facts(
     recipe: ControlRecipe, made: Mapping[str, Any], *, command: str, parameters: int
 ) -> dict[str, Any]:
-    """What is kept of a control's training.
+    """The manifest's entry on the training of a control.
 
     Args:
         recipe: its keys.
@@ -142,7 +142,7 @@ trimtab serve --model {template} --control {recipe.name}=DIRECTORY
 
 
 def front_matter(method: str) -> str:
-    """What the hub reads of a model card."""
+    """The YAML header of a model card, which hubs read."""
     head = yaml.safe_dump(
         {"library_name": "transformers", "tags": ["trimtab", method], "pipeline_tag": "text-generation"}
     )

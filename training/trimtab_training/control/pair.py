@@ -36,7 +36,7 @@ _OTHER_KEYS = IRRELEVANT | {"plus", "minus", "strength"}
 
 @dataclass(frozen=True)
 class _Pair:
-    """What both trainings share.
+    """The recipe, tokenizer and data of both trainings.
 
     data: of each model that is trained, by its name.
     """
@@ -61,7 +61,7 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Trained:
-    """What is kept of one model: what the manifest says of it, and the losses of its steps."""
+    """One trained model: its entry in the manifest, and the losses of its steps."""
 
     facts: dict[str, Any]
     losses: list[float]

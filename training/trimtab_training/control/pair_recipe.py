@@ -15,7 +15,7 @@ _BESIDE_A_TEMPLATE = frozenset({"npo", "retain", "distill"})
 
 
 class PairMember(Section):
-    """What one model of a pair is trained on, without a template."""
+    """The data of one model of a pair."""
 
     datasets: list[DataSet] = Field(min_length=1)
 
@@ -67,7 +67,7 @@ class PairRecipe(TrainRecipe):
 
     @property
     def tokenizer_source(self) -> str:
-        """Where the tokenizer of both models is."""
+        """The directory or hub id of the tokenizer of both models."""
         return self.control.tokenizer_name or self.control.model_name_or_path or ""
 
 

@@ -1,4 +1,4 @@
-"""Writes what a pair's pack has beside its two models: the manifest and a model card."""
+"""Writes the manifest and the model card of a pair."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_manifest(recipe: PairRecipe, training: dict[str, Any]) -> None:
 
 
 def pair_facts(recipe: PairRecipe, made: Mapping[str, Mapping[str, Any]], command: str) -> dict[str, Any]:
-    """What is kept of a pair's training.
+    """The manifest's entry on the training of a pair.
 
     Args:
         recipe: its keys.

@@ -59,7 +59,7 @@ def derangement(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Pair:
-    """How similar one model's shift, in the other's vocabulary, is to the other's own."""
+    """The similarity of two models: of the shift of `source`, mapped to `target`, and that of `target`."""
 
     source: ComparedModel
     target: ComparedModel
