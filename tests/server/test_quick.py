@@ -48,6 +48,12 @@ def test_names_can_be_given(serve, pack):
     assert list(settings.controls) == ["c"]
 
 
+@pytest.mark.parametrize(("build", "args"), [("pip", {"enforce-eager": True}), ("no-such-package", {})])
+def test_models_start_uncompiled_on_vllms_cpu_build_alone(serve, monkeypatch, build, args):
+    monkeypatch.setattr("trimtab_server.quick._CPU_BUILD", build)
+    assert serve("--model", "org/m")[1].models["m"].args == args
+
+
 def test_relative_paths_start_here(serve, tmp_path, monkeypatch):
     (tmp_path / "m=1").mkdir()
     monkeypatch.chdir(tmp_path)
