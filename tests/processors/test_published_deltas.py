@@ -1,8 +1,8 @@
 """Checkpoints like the published ones (wuqiong1/deltamodel-15M, -42M, -110M) are controls as they are.
 
 The weights are random. Names, shapes and files are the published ones: a configuration of transformers 4.37,
-tied embeddings, bfloat16 safetensors, and 32,000 SentencePiece tokens in `tokenizer.model`. There is neither a
-`tokenizer.json` nor a manifest.
+tied embeddings, bfloat16 safetensors, and 32,000 SentencePiece tokens in `tokenizer.model`. There is no
+`tokenizer.json` and no manifest.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def write_json(path, data):
 
 
 def write_tokenizer(directory):
-    """Llama's kind of vocabulary: specials, 256 bytes, then pieces, of which the earliest are merged first."""
+    """Llama's kind of vocabulary: specials, 256 bytes, then pieces, the earliest merged first."""
     made = sentencepiece.ModelProto()
     kinds = sentencepiece.ModelProto.SentencePiece
     for piece, kind in (("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)):
