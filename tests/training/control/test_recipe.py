@@ -48,6 +48,14 @@ def test_an_option_may_have_hyphens(read):
     assert read("--learning-rate", "1e-4", "--per-device-train-batch-size=3").per_device_train_batch_size == 3
 
 
+SERVER = {"base_url": "http://localhost:8000/v1", "model": "wise"}
+
+
+def taught(**keys: object) -> dict[str, object]:
+    plain = {"path": "a", "format": "alpaca", "objective": "distill", "answers": "generate"}
+    return {"datasets": [plain | keys]}
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -72,6 +80,24 @@ def test_an_option_may_have_hyphens(read):
         (
             {"datasets": [{"path": "a", "format": "text", "objective": "distill"}]},
             "the objective `distill` needs a `teacher`",
+        ),
+        (taught(teacher={"base_url": "http://a/v1"}), "`model` is missing: the name by which the server"),
+        (
+            taught(teacher={"system_prompt": "x", "top_logprobs": 3}),
+            "`top_logprobs` belongs to a teacher with a `base_url`",
+        ),
+        (taught(teacher={}), "give a `system_prompt` (the template is the teacher) or a `base_url`"),
+        (
+            taught(teacher=SERVER, answers="given"),
+            "a teacher behind a server gives distributions along its own answers only",
+        ),
+        (
+            taught(teacher={"system_prompt": "x"}, objective="cross_entropy"),
+            "`teacher` without a `base_url` belongs to the objective `distill`, not to `cross_entropy`",
+        ),
+        (
+            taught(teacher=SERVER, objective="retain"),
+            "`teacher` belongs to the objective `distill`, not to `retain`",
         ),
         ({"control": {}}, "`control`: give either `model_name_or_path` (a checkpoint) or `config`"),
         (

@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimtab_training.control.examples import Example, ExampleEncoder, View, answered
+import torch
+
+from trimtab_training.control.examples import Example, ExampleEncoder, View, answered, with_system
 from trimtab_training.control.formats import DataError, Record, local_file, read_records
 from trimtab_training.control.generate import Generate, Prompt
 from trimtab_training.control.objectives import make_objective
 from trimtab_training.control.recipe import DataSet, TrainRecipe
+from trimtab_training.control.taught import TaughtEncoder
+from trimtab_training.control.teacher_server import Teach
 from trimtab_training.control.trainer import TrainingSet
 
 
@@ -23,6 +27,7 @@ class DataFacts:
     sha256: of each of its files.
     answer_tokens: the number of tokens that are learned.
     shortened: the number of records whose answers were cut at `max_length`.
+    teacher_mass: the mean probability of the tokens that a server gave; None without one.
     """
 
     name: str
@@ -32,6 +37,7 @@ class DataFacts:
     records: int
     answer_tokens: int
     shortened: int
+    teacher_mass: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Question:
-    """What the control reads before an answer, and what the template answers to: often the same."""
+    """A record without its answer, and what the control reads and the template answers to: often the same."""
 
+    record: Record
     prompt: Prompt
     answered: Prompt
 
@@ -90,9 +97,13 @@ def complete_data(
     readings: Sequence[Reading],
     encoder: ExampleEncoder,
     generate: Generate | None = None,
+    teach: Teach | None = None,
 ) -> Data:
-    """Generate the answers that are missing. Only a reading with questions needs `generate`."""
-    completed = [_completed(recipe, reading, encoder, generate) for reading in readings]
+    """Generate the answers that are missing, or have a teacher behind a server give them.
+
+    Only a reading with questions needs `generate` or `teach`.
+    """
+    completed = [_completed(recipe, reading, encoder, generate, teach) for reading in readings]
     return Data(tuple(made for made, _ in completed), tuple(facts for _, facts in completed))
 
 
@@ -109,10 +120,16 @@ def _names(data_sets: Sequence[DataSet]) -> list[str]:
 
 
 def _completed(
-    recipe: TrainRecipe, reading: Reading, encoder: ExampleEncoder, generate: Generate | None
+    recipe: TrainRecipe,
+    reading: Reading,
+    encoder: ExampleEncoder,
+    generate: Generate | None,
+    teach: Teach | None,
 ) -> tuple[TrainingSet, DataFacts]:
-    data_set, examples = reading.data_set, reading.examples
-    if generate is not None and reading.questions:
+    data_set, examples, before = reading.data_set, reading.examples, encoder.shortened
+    if teach is not None and data_set.server is not None:
+        examples = _taught(reading, encoder, teach)
+    elif generate is not None and reading.questions:
         asked = [question.answered for question in reading.questions]
         answers = generate(asked, data_set.max_new_tokens)
         examples = tuple(
@@ -129,15 +146,16 @@ def _completed(
             sha256={path: file_hash(local_file(path)) for path in data_set.paths},
             records=reading.records,
             answer_tokens=sum(len(example.view.positions) for example in examples),
-            shortened=reading.shortened,
+            shortened=reading.shortened + encoder.shortened - before,
+            teacher_mass=_kept_mass(examples),
         ),
     )
 
 
 def _question(record: Record, data_set: DataSet, encoder: ExampleEncoder) -> Question:
     prompt = encoder.question(record)
-    told = data_set.teacher.system_prompt if data_set.teacher else None
-    return Question(prompt, prompt if told is None else encoder.question(record, told))
+    told = data_set.teacher.system_prompt if data_set.teacher and not data_set.server else None
+    return Question(record, prompt, prompt if told is None else encoder.question(record, told))
 
 
 def _generated(
@@ -147,6 +165,25 @@ def _generated(
     kept = answer[: encoder.room(max(len(question.prompt), len(question.answered)))]
     view = answered(question.prompt, kept)
     return Example(view, answered(question.answered, kept) if data_set.teacher else None)
+
+
+def _taught(reading: Reading, encoder: ExampleEncoder, teach: Teach) -> tuple[Example, ...]:
+    """The examples of a teacher behind a server."""
+    data_set, made = reading.data_set, TaughtEncoder(encoder)
+    told = data_set.teacher.system_prompt if data_set.teacher else None
+    asked = [with_system(question.record.messages or (), told) for question in reading.questions]
+    taught = zip(reading.questions, teach(data_set, asked), strict=True)
+    if data_set.objective == "distill":
+        return tuple(
+            made.distributions(question.record, question.prompt, answer) for question, answer in taught
+        )
+    return tuple(made.said(question.record, answer) for question, answer in taught)
+
+
+def _kept_mass(examples: Sequence[Example]) -> float | None:
+    """The mean probability that a teacher's distributions keep exactly."""
+    rests = [example.taught.rest for example in examples if example.taught is not None]
+    return 1 - float(torch.cat(rests).exp().mean()) if rests else None
 
 
 def _examples(record: Record, data_set: DataSet, encoder: ExampleEncoder) -> list[Example]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab_mappings import ByteEncoder, read_vocabulary
 from trimtab_training.control.formats import DataError, Message, Record
+from trimtab_training.control.top_log_probs import TopLogProbs
 
 PAD_MULTIPLE = 16
 """Widths of batches are multiples of this: kernels are prepared again for every new shape."""
@@ -38,10 +39,16 @@ class View:
 
 @dataclass(frozen=True)
 class Example:
-    """A record to be trained on: what control and template read, and what a teacher reads in their place."""
+    """A record to be trained on.
+
+    view: what control and template read.
+    teacher: what the template reads in its place if it is the teacher.
+    taught: the distributions at the answer's tokens that another teacher gave.
+    """
 
     view: View
     teacher: View | None = None
+    taught: TopLogProbs | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class ExampleEncoder:
         if record.messages is None:
             pieces = [(record.prompt, False), (record.completion, True)]
             return [self._view(record, pieces, self._start, ends=True)]
-        messages = _with_system(record.messages, system_prompt)
+        messages = with_system(record.messages, system_prompt)
         return [self._view(record, pieces, (), ends=ends) for pieces, ends in self._pieces(record, messages)]
 
     def question(self, record: Record, system_prompt: str | None = None) -> tuple[int, ...]:
@@ -97,10 +104,24 @@ class ExampleEncoder:
         Raises:
             DataError: the chat template is missing or fails, or the prompt is too long.
         """
-        text = self._render(record, _with_system(record.messages or (), system_prompt), prompt=True)
+        text = self._render(record, with_system(record.messages or (), system_prompt), prompt=True)
         ids = tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
         self._require_room(record, len(ids))
         return ids
+
+    def answer(self, record: Record, text: str, *, ended: bool) -> View:
+        """The view of a conversation without its answer, and of an answer to it, which alone is learned.
+
+        Args:
+            record: the conversation.
+            text: the answer.
+            ended: whether its end is learned too; else it was cut.
+        """
+        messages = [*(record.messages or ()), {"role": "assistant", "content": text}]
+        *_, (pieces, ends) = self._pieces(record, messages)
+        earlier = [(piece, False) for piece, _ in pieces[:-1]]
+        last = (pieces[-1][0] if ended else text, True)
+        return self._view(record, [*earlier, last], (), ends=ends and ended)
 
     def room(self, prompt: int) -> int:
         """The maximum length of an answer behind a prompt of that length."""
@@ -188,11 +209,12 @@ class ExampleEncoder:
         alternatives = "|".join(re.escape(token) for token in self._special_ids)
         for part in re.split(f"({alternatives})", text) if alternatives else [text]:
             special = self._special_ids.get(part)
-            ids += self._encoder.encode_all([part.encode()])[0] if special is None else [special]
+            ids += self.byte_encoder.encode_all([part.encode()])[0] if special is None else [special]
         return ids
 
     @cached_property
-    def _encoder(self) -> ByteEncoder:
+    def byte_encoder(self) -> ByteEncoder:
+        """Encodes bytes in the tokenizer's tokens."""
         return ByteEncoder(self._tokenizer, read_vocabulary(self._tokenizer, name="template"))
 
     def _fitted(self, record: Record, view: View) -> View:
@@ -234,7 +256,7 @@ def marked_text(view: View, tokenizer: PreTrainedTokenizerBase) -> str:
     return "".join(pieces)
 
 
-def _with_system(messages: Sequence[Message], system_prompt: str | None) -> Sequence[Message]:
+def with_system(messages: Sequence[Message], system_prompt: str | None) -> Sequence[Message]:
     if system_prompt is None:
         return messages
     rest = [message for message in messages if message["role"] != "system"]

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel
 Prompt = tuple[int, ...]
 Generate = Callable[[Sequence[Prompt], int], list[list[int]]]
 """Gives an answer of at most so many tokens to each prompt, all as token ids."""
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 _BATCH = 16
 _KEPT = 64  # answers in a file
 
@@ -57,18 +60,23 @@ def _ends(model: PreTrainedModel) -> set[int]:
     return set(eos) if isinstance(eos, list) else {eos}
 
 
-def kept_answers(directory: Path, fingerprint: str, generate: Generate) -> Generate:
-    """Wrap `generate`, so that what it gave is read from `directory` the next time."""
+def kept_answers(
+    directory: Path, fingerprint: str, generate: Callable[[Sequence[Asked], int], list[Answer]]
+) -> Callable[[Sequence[Asked], int], list[Answer]]:
+    """Wrap `generate`, so that what it gave is read from `directory` the next time.
 
-    def read_or_generate(prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
+    Questions and answers must be JSON; `fingerprint` tells those who answer apart.
+    """
+
+    def read_or_generate(prompts: Sequence[Asked], max_new_tokens: int) -> list[Answer]:
         parts = [prompts[start : start + _KEPT] for start in range(0, len(prompts), _KEPT)]
         return [answer for part in parts for answer in read_or_generate_part(part, max_new_tokens)]
 
-    def read_or_generate_part(prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
+    def read_or_generate_part(prompts: Sequence[Asked], max_new_tokens: int) -> list[Answer]:
         contents = json.dumps([fingerprint, max_new_tokens, list(prompts)])
         path = directory / f"{hashlib.sha256(contents.encode()).hexdigest()}.json"
         if path.is_file():
-            found: list[list[int]] = json.loads(path.read_bytes())
+            found: list[Answer] = json.loads(path.read_bytes())
             return found
         answers = generate(prompts, max_new_tokens)
         directory.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -15,7 +15,8 @@ ObjectiveName = Literal["cross_entropy", "forget", "npo", "retain", "distill"]
 Tracker = Literal["none", "tensorboard", "wandb"]
 Factor = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 
-_OWN_KEYS = {"bound": "forget", "beta": "npo", "teacher": "distill"}
+_OWN_KEYS = {"bound": ("forget",), "beta": ("npo",), "teacher": ("distill", "cross_entropy")}
+_SERVER_KEYS = ("model", "api_key_env", "control", "top_logprobs", "requests_at_once")
 
 _BY_METRIC = frozenset({"reduce_lr_on_plateau", "greedy"})
 """Schedules that follow a metric of an evaluation, which a training does not have."""
@@ -71,9 +72,32 @@ class TemplateModel(Section):
 
 
 class Teacher(Section):
-    """What `distill` trains towards: the template itself, told something else."""
+    """Who is learned from: the template itself behind a system prompt, or a model behind a server."""
 
-    system_prompt: str
+    system_prompt: str | None = None
+    base_url: str | None = None
+    """That of an OpenAI-compatible server, with `/v1`; None: the template."""
+    model: str | None = None
+    api_key_env: str | None = None
+    """The environment variable that holds the API key."""
+    control: Any = None
+    """The request's field `control`, for a gateway of Trimtab."""
+    top_logprobs: PositiveInt = 20
+    requests_at_once: PositiveInt = 16
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Teacher:
+        if self.base_url is not None and self.model is None:
+            raise ValueError(
+                "`model` is missing: the name by which the server at `base_url` knows the teacher"
+            )
+        if self.base_url is None:
+            for key in _SERVER_KEYS:
+                if key in self.model_fields_set:
+                    raise ValueError(f"`{key}` belongs to a teacher with a `base_url`")
+            if self.system_prompt is None:
+                raise ValueError("give a `system_prompt` (the template is the teacher) or a `base_url`")
+        return self
 
 
 class DataSet(Section):
@@ -102,12 +126,32 @@ class DataSet(Section):
 
     @model_validator(mode="after")
     def _keys_of_the_objective(self) -> DataSet:
-        for key, objective in _OWN_KEYS.items():
-            if key in self.model_fields_set and self.objective != objective:
-                raise ValueError(f"`{key}` belongs to the objective `{objective}`, not to `{self.objective}`")
+        for key, objectives in _OWN_KEYS.items():
+            if key in self.model_fields_set and self.objective not in objectives:
+                raise ValueError(
+                    f"`{key}` belongs to the objective `{objectives[0]}`, not to `{self.objective}`"
+                )
         if self.objective == "distill" and self.teacher is None:
             raise ValueError("the objective `distill` needs a `teacher`, for instance `{system_prompt: ...}`")
         return self
+
+    @model_validator(mode="after")
+    def _keys_of_the_teacher(self) -> DataSet:
+        if self.server is not None and self.answers == "given":
+            raise ValueError(
+                "a teacher behind a server gives distributions along its own answers only."
+                " Set `answers: generate`, or leave `teacher.base_url` out"
+            )
+        if self.objective == "cross_entropy" and self.teacher is not None and self.server is None:
+            raise ValueError(
+                "`teacher` without a `base_url` belongs to the objective `distill`, not to `cross_entropy`"
+            )
+        return self
+
+    @property
+    def server(self) -> Teacher | None:
+        """The teacher, if it is behind a server."""
+        return self.teacher if self.teacher is not None and self.teacher.base_url is not None else None
 
     @property
     def paths(self) -> list[str]:

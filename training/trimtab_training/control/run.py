@@ -22,6 +22,7 @@ from trimtab_training.control.log import RunLog, require_trackers
 from trimtab_training.control.pack_writer import outcome, training_facts, write_pack
 from trimtab_training.control.recipe import ControlRecipe
 from trimtab_training.control.reference import LiveTemplate, Reference
+from trimtab_training.control.teacher_server import kept_teaching
 from trimtab_training.control.template_cache import CachedTemplate, model_fingerprint
 from trimtab_training.control.trainer import Trainer, checkpoints, views_of
 from trimtab_training.control.training_run import (
@@ -78,7 +79,9 @@ def train(recipe: ControlRecipe, command: str, console: Console) -> list[float]:
     readings = read_data(recipe.datasets, encoder)
     loaded = _load_models(recipe, tokenizer, accelerator)
     with accelerator.main_process_first():
-        data = complete_data(recipe, readings, encoder, _generation(recipe, loaded))
+        data = complete_data(
+            recipe, readings, encoder, _generation(recipe, loaded), kept_teaching(_cache_dir(recipe))
+        )
     tell_data(data, tokenizer, quiet)
     trainer = _trainer(recipe, accelerator, loaded, data, quiet)
     del loaded  # with a cache, the template leaves the memory
@@ -121,7 +124,7 @@ def _load_models(
 
 def _keeps_something(recipe: ControlRecipe) -> bool:
     """Whether something of the template is kept on disk."""
-    generates = any(data_set.answers == "generate" for data_set in recipe.datasets)
+    generates = any(each.answers == "generate" and each.server is None for each in recipe.datasets)
     return generates or recipe.template.cache != "none"
 
 
@@ -132,7 +135,11 @@ def _generation(recipe: ControlRecipe, loaded: Models) -> Generate:
         pad_id = models.pad_token(loaded.tokenizer)
         return greedy_answers(loaded.template, prompts, max_new_tokens, pad_id)
 
-    return kept_answers(recipe.template.cache_dir.expanduser(), loaded.fingerprint, generate)
+    return kept_answers(_cache_dir(recipe), loaded.fingerprint, generate)
+
+
+def _cache_dir(recipe: ControlRecipe) -> Path:
+    return recipe.template.cache_dir.expanduser()
 
 
 def _trainer(
@@ -143,7 +150,7 @@ def _trainer(
     reference: Reference = live
     if recipe.template.cache != "none":
         cache = CachedTemplate(
-            recipe.template.cache_dir.expanduser(),
+            _cache_dir(recipe),
             fingerprint=loaded.fingerprint,
             vocabulary=logits,
             top_k=recipe.template.top_k if recipe.template.cache == "top_k" else None,

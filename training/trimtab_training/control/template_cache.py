@@ -21,6 +21,7 @@ from torch.nn import Module
 
 from trimtab_training.control.examples import View
 from trimtab_training.control.reference import LiveTemplate
+from trimtab_training.control.top_log_probs import TopLogProbs
 
 _SHARD_VIEWS = 64
 _BATCH_VIEWS = 8
@@ -132,9 +133,9 @@ class CachedTemplate:
         log_probs: Tensor = parts["log_probs"]
         if self._kept is None:
             return log_probs
-        even = parts["rest"] - math.log(self._vocabulary - self._kept)
-        dense: Tensor = even[:, None].expand(-1, self._vocabulary)
-        return dense.scatter(1, parts["ids"].long(), log_probs)
+        kept = torch.full((len(log_probs),), self._kept)
+        top = TopLogProbs(parts["ids"].long(), log_probs, kept, parts["rest"])
+        return top.dense(self._vocabulary)
 
 
 def model_fingerprint(model: Module) -> str:

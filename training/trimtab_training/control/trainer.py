@@ -202,6 +202,8 @@ class Trainer:
     ) -> Tensor:
         taught = [example.teacher for example in examples if example.teacher is not None]
         reference = self._reference.log_probs(taught) if taught else template
+        if given := [example.taught for example in examples if example.taught is not None]:
+            reference = torch.cat([one.dense(self._vocabulary) for one in given]).to(template.device)
         return each.objective.loss(controlled, reference, self._targets(examples), lengths)
 
     def _targets(self, examples: Sequence[Example]) -> Tensor:

@@ -152,9 +152,11 @@ def tell_data(data: Data, tokenizer: PreTrainedTokenizerBase, console: Console) 
     """Print the size of each data set, and its first example with the learned tokens in brackets."""
     for each, facts in zip(data.sets, data.facts, strict=True):
         cut = f", {facts.shortened} cut at `max_length`" if facts.shortened else ""
+        mass = facts.teacher_mass
+        kept = "" if mass is None else f", {mass:.4%} of the teacher's probability kept exactly"
         console.print(
             f"{facts.name}: {facts.objective}, {facts.records} records, {facts.answer_tokens} answer"
-            f" tokens{cut}",
+            f" tokens{cut}{kept}",
             highlight=False,
         )
         console.print("The first example; each token in brackets is learned:", highlight=False)

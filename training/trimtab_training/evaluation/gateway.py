@@ -13,13 +13,10 @@ import aiohttp
 
 from trimtab_training.evaluation.control import Setting
 from trimtab_training.evaluation.recipe import Question
+from trimtab_training.openai_api import UnreachableError, api_session, post
 from trimtab_training.recipe_file import RecipeError
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
-_TIMEOUT = aiohttp.ClientTimeout(total=600)
-_BUSY = (429, 503)
-_TRIES = 20
-_MAX_PAUSE_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -45,12 +42,8 @@ class Gateway:
         return asyncio.run(self._answers(questions, settings))
 
     async def _answers(self, questions: Sequence[Question], settings: Sequence[Setting]) -> list[list[str]]:
-        places = asyncio.Semaphore(
-            self.requests_at_once
-        )  # a connector's limit would count as the request's time
-        async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=_TIMEOUT, headers=_authorization()
-        ) as session:
+        places = asyncio.Semaphore(self.requests_at_once)
+        async with api_session(os.environ.get(API_KEY_VARIABLE)) as session:
 
             async def ask(question: Question, setting: Setting) -> str:
                 async with places:
@@ -64,7 +57,10 @@ class Gateway:
     async def _ask(self, session: aiohttp.ClientSession, question: Question, setting: Setting) -> str:
         is_raw = question.chat(None) is None
         url = f"{self.url.rstrip('/')}/{'completions' if is_raw else 'chat/completions'}"
-        status, text = await _post(session, url, self.body(question, setting))
+        try:
+            status, text = await post(session, url, self.body(question, setting))
+        except UnreachableError as error:
+            raise RecipeError(f"`gateway`: {error}") from error
         if status != 200:
             raise RecipeError(f"`gateway`: {url} answered {status}: {text[:500]}")
         try:
@@ -92,23 +88,3 @@ class Gateway:
         if setting.routing is None:
             return False
         return {"name": self.control, "strength": setting.strength, "routing": setting.routing}
-
-
-async def _post(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> tuple[int, str]:
-    """Return status and text of the answer. While the gateway is busy, wait for as long as it says."""
-    for attempt in range(1, _TRIES + 1):
-        try:
-            async with session.post(url, json=body) as response:
-                status, text = response.status, await response.text()
-                pause = response.headers.get("retry-after", "1")
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise RecipeError(f"`gateway`: {url} can't be reached: {error!r}") from error
-        if status not in _BUSY or attempt == _TRIES:
-            break
-        await asyncio.sleep(min(float(pause) if pause.isdecimal() else 1, _MAX_PAUSE_SECONDS))
-    return status, text
-
-
-def _authorization() -> dict[str, str]:
-    key = os.environ.get(API_KEY_VARIABLE)
-    return {"Authorization": f"Bearer {key}"} if key else {}
