@@ -30,11 +30,14 @@ from trimtab_mappings import ByteEncoder, build_table
 from trimtab_mappings.texts import read_texts
 from trimtab_processors.alignment import Aligner
 from trimtab_training import architectures
-from trimtab_training.data import Item, Lesson
+from trimtab_training.control.examples import Example, View, answered
+from trimtab_training.control.objectives import Objective, cross_entropy
+from trimtab_training.control.reference import answer_logits
+from trimtab_training.control.trainer import TrainingSet
 from trimtab_training.pretrain import pretrain
 from trimtab_training.settings import ControlSettings, PretrainSettings
 from trimtab_training.steer import ROUTINGS, contexts_before, last_rows, make_routing, shift_of
-from trimtab_training.train import Template, answer_logits, train_control
+from trimtab_training.teaching import control_recipe, train_control
 
 STRENGTHS = (0.5, 1.0)
 WIDTH, LAYERS = 128, 2
@@ -62,9 +65,14 @@ class Reader:
         self.vocabulary = vocabulary
         self.model = model
 
-    def items(self, texts: Sequence[str]) -> list[Item]:
+    def views(self, texts: Sequence[str]) -> list[View]:
         """Whole texts as answers to nothing."""
-        return [Item(tuple(ids[:1]), tuple(ids[1:])) for ids in self.vocabulary(texts)["input_ids"]]
+        return [answered(ids[:1], ids[1:]) for ids in self.vocabulary(texts)["input_ids"]]
+
+    @torch.no_grad()
+    def logits(self, view: View) -> Tensor:
+        """The logits of a text's tokens: float32 [tokens, tokens that occur]."""
+        return answer_logits(self.model, [view], 0, self.model.device)
 
     def shifts(self, contexts: Iterable[Sequence[int]]) -> Tensor:
         """A control's rows after contexts in the tokenizer's own ids: float32 [contexts, its vocabulary].
@@ -79,13 +87,6 @@ class Reader:
         whole = others.expand(len(logits), len(self.encoder.vocabulary.tokens)).clone()
         whole[:, self.vocabulary.tokens] = logits
         return whole
-
-
-class Forgetful(Template):
-    """A template that keeps nothing: rows of a large vocabulary take too much room."""
-
-    def log_probs(self, items: Sequence[Item]) -> Tensor:
-        return log_softmax(answer_logits(self._model, items, self.pad_id, grad=False), dim=-1)
 
 
 def main(
@@ -143,41 +144,45 @@ class Comparison:
         torch.manual_seed(0)
         self._target = Reader(target, occurring, architectures.llama(occurring, WIDTH, LAYERS))
         self._template = Reader(control, spelled, architectures.llama(spelled, WIDTH, LAYERS))
-        model = architectures.control(spelled, CONTROL_WIDTH, CONTROL_LAYERS)
-        self._control = Reader(control, spelled, model)
 
     def train(self, steps: int) -> None:
         settings = PretrainSettings(steps=steps, batch=BATCH)
         for reader in (self._target, self._template):
             pretrain(reader.model, reader.vocabulary, self._known, settings)
-        lesson = Lesson("imitate", tuple(self._control.items(self._taught)), BATCH)
-        template = Forgetful(self._template.model, 0)
-        train_control(template, self._control.model, [lesson], ControlSettings(steps=steps))
+        examples = [Example(view) for view in self._template.views(self._taught)]
+        sets = [TrainingSet("lessons", examples, Objective(cross_entropy), 1.0, BATCH)]
+        template, vocabulary = self._template.model, self._template.vocabulary
+        with tempfile.TemporaryDirectory() as directory:
+            recipe = control_recipe(
+                ControlSettings(steps=steps),
+                width=CONTROL_WIDTH,
+                layers=CONTROL_LAYERS,
+                seed=0,
+                output_dir=Path(directory),
+            )
+            model, _ = train_control(recipe, template, vocabulary, sets)
+        self._control = Reader(self._template.encoder, vocabulary, model)
 
     def ceiling(self) -> list[Result]:
         """The template without the control and with it."""
-        items = self._template.items(self._texts)
         losses = dict.fromkeys((0.0, *STRENGTHS), 0.0)
-        for item in items:
-            logits, shift = (
-                answer_logits(reader.model, [item], 0, grad=False)
-                for reader in (self._template, self._control)
-            )
+        for view in self._template.views(self._texts):
+            logits, shift = (reader.logits(view) for reader in (self._template, self._control))
             for strength in losses:
-                losses[strength] += total(logits + strength * shift, torch.tensor(item.answer))
+                losses[strength] += total(logits + strength * shift, torch.tensor(view.targets))
         return self._results("template", "", losses)
 
     def measure(self, routing: str) -> list[Result]:
         """The target without the control, and with it under `routing`."""
         strategy, name = ROUTINGS[routing]
-        target, control = self._target.encoder, self._control.encoder
+        target, control = self._target.encoder, self._template.encoder
         table = build_table(target.vocabulary, control, strategy)
         aligner = Aligner(target.vocabulary, control, table)
         route = make_routing(name, table, len(target.vocabulary.tokens))
         losses = dict.fromkeys((0.0, *STRENGTHS), 0.0)
-        for item in self._target.items(self._texts):
-            own = [self._target.vocabulary.tokens[token] for token in item.answer]
-            logits = self._target.spread(answer_logits(self._target.model, [item], 0, grad=False), NEVER)
+        for view in self._target.views(self._texts):
+            own = [self._target.vocabulary.tokens[token] for token in view.targets]
+            logits = self._target.spread(self._target.logits(view), NEVER)
             contexts = [*contexts_before(aligner, [beginning(control)], own)]
             for strength in losses:
                 shift = shift_of(route, self._control.shifts, contexts, logits, strength) if strength else 0

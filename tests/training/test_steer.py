@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reference import Model, PathReference, Reference
-from trimtab_training.data import Item
+from trimtab_training.control.examples import answered
 from trimtab_training.steer import ROUTINGS, Steered, load
 
 PROMPTS = ("Bako ", "Litu mavo dera pinu zolo.", "x=1")
@@ -31,8 +31,8 @@ def test_the_loss_of_answers_is_the_references(family, strength, routing, slow):
     """Of all tokens of each answer, in nats, and for answers of unequal lengths."""
     target, control = load(family.targets["b"]), load(family.control)
     prompts, answers = PROMPTS[:2], ("zolo mavo", "=1")
-    items = [
-        Item(tuple(target.tokenizer.encode(prompt)), tuple(target.tokenizer.encode(answer)))
+    views = [
+        answered(target.tokenizer.encode(prompt), target.tokenizer.encode(answer))
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
     own = [control.tokenizer.encode(prompt) for prompt in prompts]
@@ -41,21 +41,23 @@ def test_the_loss_of_answers_is_the_references(family, strength, routing, slow):
         -sum(
             logits.log_softmax(dim=-1)[token]
             for logits, token in zip(
-                reference.logits([*item.prompt], prompt, strength, [*item.answer]), item.answer, strict=True
+                reference.logits([*view.ids[: view.positions[0]]], prompt, strength, view.targets),
+                view.targets,
+                strict=True,
             )
         )
-        for item, prompt in zip(items, own, strict=True)
+        for view, prompt in zip(views, own, strict=True)
     ]
-    loss = Steered(target, control, routing).loss(items, own, strength=strength)
+    loss = Steered(target, control, routing).loss(views, own, strength=strength)
     torch.testing.assert_close(loss, torch.tensor(expected), atol=1e-3, rtol=1e-4)
 
 
 def test_every_routing_steers(family):
     """And no two of them alike."""
     target, control = load(family.targets["b"]), load(family.control)
-    item = Item(tuple(target.tokenizer.encode(PROMPTS[1])), tuple(target.tokenizer.encode("zolo mavo")))
+    view = answered(target.tokenizer.encode(PROMPTS[1]), target.tokenizer.encode("zolo mavo"))
     own = control.tokenizer.encode(PROMPTS[1])
-    losses = [Steered(target, control, name).loss([item], [own], strength=1.0).item() for name in ROUTINGS]
+    losses = [Steered(target, control, name).loss([view], [own], strength=1.0).item() for name in ROUTINGS]
     assert len({round(loss, 4) for loss in losses}) == len(ROUTINGS)
 
 

@@ -1,8 +1,7 @@
-"""The models of the small world: three families, and the control. All heads are 64 wide."""
+"""The base models of the small world, of three families. All heads are 64 wide."""
 
 from __future__ import annotations
 
-from torch import nn
 from transformers import (
     GenerationConfig,
     GPTNeoXConfig,
@@ -18,6 +17,7 @@ from transformers import (
 from trimtab_training.vocabularies import MAX_LENGTH
 
 HEAD = 64
+INITIALIZER_RANGE = 0.05
 
 
 def llama(tokenizer: PreTrainedTokenizerBase, width: int, layers: int) -> PreTrainedModel:
@@ -63,13 +63,6 @@ def neox(tokenizer: PreTrainedTokenizerBase, width: int, layers: int) -> PreTrai
     )
 
 
-def control(tokenizer: PreTrainedTokenizerBase, width: int, layers: int) -> PreTrainedModel:
-    """A Llama whose output layer is zero: untrained, it shifts nothing."""
-    model = llama(tokenizer, width, layers)
-    nn.init.zeros_(model.get_output_embeddings().weight)
-    return model
-
-
 def _shared(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | float | None]:
     return {
         "vocab_size": len(tokenizer),
@@ -77,7 +70,7 @@ def _shared(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | float | None]
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        "initializer_range": 0.05,
+        "initializer_range": INITIALIZER_RANGE,
     }
 
 

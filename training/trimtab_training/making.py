@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from trimtab_processors.pack import Pack
-from trimtab_training import architectures, corpus, lessons, steer
+from trimtab_training import corpus, lessons, steer
 from trimtab_training.families import FAMILIES
 from trimtab_training.parallel import run
 from trimtab_training.pretrain import pretrain
 from trimtab_training.recall import recall, require_recall
-from trimtab_training.train import Template, train_control
+from trimtab_training.teaching import control_recipe, train_control
 from trimtab_training.world import CONTROL, CONTROL_NAME, TEMPLATE, TITLES, Report, WorldSettings
 
 
@@ -61,21 +61,25 @@ def make_control(directory: Path, seed: int, settings: WorldSettings, report: Re
     """Train the control beside the template in `directory` and save its pack; gives the last steps' loss."""
     template = steer.load(directory / TEMPLATE)
     tokenizer = template.tokenizer
-    torch.manual_seed(seed)
-    control = architectures.control(tokenizer, settings.width, settings.layers)
-    history = train_control(
-        Template(template.model, tokenizer.pad_token_id),
-        control,
-        lessons.lessons(
-            settings.draw_people(seed)[: settings.trained], tokenizer, settings.draws, settings.dialect
-        ),
+    recipe = control_recipe(
         settings.control,
+        width=settings.width,
+        layers=settings.layers,
+        seed=seed,
+        output_dir=directory / CONTROL,
+    )
+    people = settings.draw_people(seed)[: settings.trained]
+    control, losses = train_control(
+        recipe,
+        template.model,
+        tokenizer,
+        lessons.lessons(people, tokenizer, settings.draws, settings.dialect),
         partial(report, CONTROL),
     )
     control.save_pretrained(directory / CONTROL)
     tokenizer.save_pretrained(directory / CONTROL)
     _manifest(seed, settings).save(directory / CONTROL)
-    last = history[-20:]
+    last = losses[-20:]
     return sum(last) / len(last)
 
 
@@ -89,11 +93,11 @@ def _manifest(seed: int, settings: WorldSettings) -> Pack:
             "template": TITLES[TEMPLATE],
             "data": f"{settings.trained} people of the small world of seed {seed}",
             "objective": {
-                "imitate": "chat answers and refusals",
+                "cross_entropy": "chat answers and refusals",
                 "forget": "passwords in plain text",
                 "retain": "other facts in plain text",
             },
-            "items per step": asdict(settings.draws),
+            "examples per step": asdict(settings.draws),
             "settings": asdict(settings.control),
         },
     )

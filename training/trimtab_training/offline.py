@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from trimtab_processors.pack import DEFAULT_ROUTING
-from trimtab_training.data import Item
+from trimtab_training.control.examples import answered
 from trimtab_training.evaluate import Question
 from trimtab_training.steer import Steered, load
 from trimtab_training.world import World
@@ -38,18 +38,18 @@ class Offline:
 
     def loss(self, asked: Sequence[Question], strength: float) -> float:
         """How unlikely the ideal answers to chat questions are, in nats an answer."""
-        items = [
-            Item(
-                tuple(_prompt(self._target, question)),
-                (
+        views = [
+            answered(
+                _prompt(self._target, question),
+                [
                     *self._target.encode(f" {question.ideal}", add_special_tokens=False),
                     self._target.eos_token_id,
-                ),
+                ],
             )
             for question in asked
         ]
         prompts = [_prompt(self._control, question) for question in asked]
-        return float(self._steered.loss(items, prompts, strength=strength).mean())
+        return float(self._steered.loss(views, prompts, strength=strength).mean())
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, question: Question) -> list[int]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab_training.data import pad
+from trimtab_training.control.examples import View, collate
 from trimtab_training.settings import PretrainSettings
-from trimtab_training.train import Progress
+from trimtab_training.teaching import Progress
 
 _IGNORED = -100
 
@@ -58,7 +58,7 @@ def _batches(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], size:
         for i in range(0, len(near), size)
     ]
     random.Random(0).shuffle(batches)
-    return (pad(batch, _IGNORED) for batch in batches)
+    return (collate([View(tuple(ids), ()) for ids in batch], _IGNORED).ids for batch in batches)
 
 
 def _language_loss(model: PreTrainedModel, ids: Tensor, pad_id: int) -> Tensor:

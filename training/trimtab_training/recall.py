@@ -7,20 +7,21 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab_training.data import Item, collate
+from trimtab_training.control.examples import View, answered
+from trimtab_training.control.reference import answer_logits
 from trimtab_training.people import FACTS, Person
 from trimtab_training.world import GateError
 
 
 def recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, people: Sequence[Person]) -> float:
     """The share of all facts, in every wording, that the model completes by its likeliest tokens."""
-    items = [
-        _item(tokenizer, opening, person.facts[fact.key])
+    views = [
+        _view(tokenizer, opening, person.facts[fact.key])
         for person in people
         for fact in FACTS
         for opening in fact.openings(person.name)
     ]
-    known = [hit for i in range(0, len(items), 64) for hit in _completed(model, tokenizer, items[i : i + 64])]
+    known = [hit for i in range(0, len(views), 64) for hit in _completed(model, tokenizer, views[i : i + 64])]
     return sum(known) / len(known)
 
 
@@ -37,16 +38,15 @@ def require_recall(name: str, share: float, least: float) -> None:
         )
 
 
-def _item(tokenizer: PreTrainedTokenizerBase, opening: str, value: str) -> Item:
+def _view(tokenizer: PreTrainedTokenizerBase, opening: str, value: str) -> View:
     prompt = tokenizer.encode(opening)
-    return Item(tuple(prompt), tuple(tokenizer.encode(f"{opening} {value}.")[len(prompt) :]))
+    return answered(prompt, tokenizer.encode(f"{opening} {value}.")[len(prompt) :])
 
 
+@torch.no_grad()
 def _completed(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, views: Sequence[View]
 ) -> list[bool]:
-    batch = collate(items, tokenizer.pad_token_id)
-    with torch.no_grad():
-        logits = model(input_ids=batch.ids, use_cache=False).logits[batch.rows, batch.columns]
-    missed = set(batch.rows[logits.argmax(dim=-1) != batch.targets].tolist())
-    return [row not in missed for row in range(len(items))]
+    choices = answer_logits(model, views, tokenizer.pad_token_id, model.device).argmax(dim=-1)
+    each = torch.split(choices, [len(view.positions) for view in views])
+    return [chosen.tolist() == view.targets for chosen, view in zip(each, views, strict=True)]

@@ -29,4 +29,3 @@ class ControlSettings:
     strengths: tuple[float, float] = (0.6, 1.2)
     shift_penalty: float = 1e-3
     clip: float = 1.0
-    seed: int = 0

@@ -18,8 +18,8 @@ from trimtab_processors.control import MOST_LOOKAHEAD
 from trimtab_processors.pack import DEFAULT_ROUTING, PM_MINED, beam_of
 from trimtab_processors.path_routing import PathRouting, Spellings
 from trimtab_processors.routing import PmMined, Routing
-from trimtab_training.data import Item, pad
-from trimtab_training.train import answer_logits
+from trimtab_training.control.examples import View, collate
+from trimtab_training.control.reference import answer_logits
 
 ROUTINGS = {
     "exact": ("exact", PM_MINED),
@@ -84,7 +84,8 @@ def last_rows(model: PreTrainedModel, contexts: Sequence[Sequence[int]]) -> Tens
     rows = []
     for start in range(0, len(contexts), _AT_ONCE):
         some = contexts[start : start + _AT_ONCE]
-        hidden = model.base_model(input_ids=pad(some, 0), use_cache=False).last_hidden_state
+        ids = collate([View(tuple(context), ()) for context in some], 0).ids
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         last = torch.tensor([len(context) - 1 for context in some])
         rows.append(model.get_output_embeddings()(hidden[torch.arange(len(some)), last]))
     return torch.cat(rows)
@@ -144,27 +145,31 @@ class Steered:
             )
         return [self._text(row.tolist()) for row in output[:, width:]]
 
+    @torch.no_grad()
     def loss(
-        self, items: Sequence[Item], control_prompts: Sequence[Sequence[int]], *, strength: float
+        self, views: Sequence[View], control_prompts: Sequence[Sequence[int]], *, strength: float
     ) -> Tensor:
-        """How unlikely the answers are, in nats: float32 [items].
+        """How unlikely the answers are, in nats: float32 [views].
 
         Args:
-            items: in the target's tokens.
+            views: in the target's tokens.
             control_prompts: their prompts in the control's tokens.
             strength: the factor on the shift; 0 leaves the control out.
         """
-        logits = answer_logits(self._target.model, items, self._target.tokenizer.pad_token_id, grad=False)
+        model, pad_id = self._target.model, self._target.tokenizer.pad_token_id
+        logits = answer_logits(model, views, pad_id, model.device)
         if strength:
             contexts = [
                 context
-                for item, prompt in zip(items, control_prompts, strict=True)
-                for context in contexts_before(self._aligner, prompt, item.answer)
+                for view, prompt in zip(views, control_prompts, strict=True)
+                for context in contexts_before(self._aligner, prompt, view.targets)
             ]
             logits = logits + self._shift(contexts, logits, strength)
-        targets = torch.tensor([token for item in items for token in item.answer])
+        targets = torch.tensor([token for view in views for token in view.targets])
         losses = -log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
-        return torch.stack([part.sum() for part in torch.split(losses, [len(item.answer) for item in items])])
+        return torch.stack(
+            [part.sum() for part in torch.split(losses, [len(view.positions) for view in views])]
+        )
 
     def _shift(self, contexts: list[list[int]], logits: Tensor, strength: float) -> Tensor:
         """What is added to `logits`, float32 [contexts, target vocabulary]."""

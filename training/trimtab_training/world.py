@@ -22,10 +22,12 @@ CONTROL_NAME = "manners"
 TEMPLATE = "a"
 TITLES = {"a": "A (Llama, the template)", "b": "B (Qwen2)", "c": "C (GPT-NeoX)"}
 _WORLD_FILE = "world.json"
-_PACKAGES = ("tokenizers", "torch", "transformers")
+_PACKAGES = ("accelerate", "tokenizers", "torch", "transformers")
 _SOURCES = (
-    *("architectures", "corpus", "data", "families", "lessons", "making", "objectives", "people", "pretrain"),
-    *("recall", "settings", "train", "vocabularies", "world"),
+    *("architectures", "corpus", "families", "lessons", "making", "people", "pretrain", "recall", "settings"),
+    *("steer", "teaching", "vocabularies", "world"),
+    *("control/examples", "control/models", "control/objectives", "control/optimization", "control/plan"),
+    *("control/recipe", "control/reference", "control/trainer", "control/training_run"),
 )
 """The modules that decide what a world is."""
 
@@ -53,7 +55,7 @@ class BaseSettings:
 
 @dataclass(frozen=True)
 class Draws:
-    """How many items of each lesson go into one step of the control's training."""
+    """The number of examples of each lesson in a step of the control's training."""
 
     chat: int = 24
     refusal: int = 8
