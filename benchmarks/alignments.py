@@ -35,13 +35,13 @@ from trimtab_mappings.texts import read_texts
 from trimtab_processors.alignment import Aligner, Alignment
 from trimtab_processors.routing import PmMined
 from trimtab_processors.segments import Segments
-from trimtab_training.architectures import llama
-from trimtab_training.cli import make_visibly
-from trimtab_training.evaluate import Question, questions
-from trimtab_training.pretrain import pretrain
-from trimtab_training.settings import PretrainSettings
-from trimtab_training.steer import Loaded, last_rows, load
-from trimtab_training.world import World, load_world
+from trimtab_training.world.architectures import llama
+from trimtab_training.world.cli import make_visibly
+from trimtab_training.world.evaluate import Question, questions
+from trimtab_training.world.pretrain import pretrain
+from trimtab_training.world.settings import PretrainSettings
+from trimtab_training.world.steer import Loaded, last_rows, load
+from trimtab_training.world.world import World, load_world
 
 MODES = ("retokenize", "segments")
 PAIRS = (

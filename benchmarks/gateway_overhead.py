@@ -34,7 +34,7 @@ from rich.table import Table
 from gateways import WORLD, free_port, gateway, the_world
 from models import make_model
 from serving import START_SECONDS, STOP_SECONDS
-from trimtab_training.world import World
+from trimtab_training.world.world import World
 from vocabularies import real
 
 MODEL = "a"

@@ -23,8 +23,8 @@ import aiohttp
 import yaml
 
 from serving import START_SECONDS, STOP_SECONDS, descendants, resident_bytes
-from trimtab_training.evaluate import Question, questions
-from trimtab_training.world import CONTROL_NAME, World, load_world, make_world
+from trimtab_training.world.evaluate import Question, questions
+from trimtab_training.world.world import CONTROL_NAME, World, load_world, make_world
 
 ADMIN_KEY = "admin"
 WORLD = Path(".trimtab/worlds/101")

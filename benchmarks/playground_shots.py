@@ -12,7 +12,7 @@ import typer
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from gateways import WORLD, gateway, the_world
-from trimtab_training.world import World
+from trimtab_training.world.world import World
 
 SECONDS = 60
 LARGEST = 200_000

@@ -21,13 +21,13 @@ import typer
 from transformers.utils import logging
 
 from chart import bar_chart
-from trimtab_training import corpus
-from trimtab_training.cli import make_visibly
-from trimtab_training.evaluate import Figure, Kind, questions, score
-from trimtab_training.offline import Offline
-from trimtab_training.settings import ControlSettings, PretrainSettings
-from trimtab_training.steer import ROUTINGS
-from trimtab_training.world import TEMPLATE, TITLES, BaseSettings, World, WorldSettings
+from trimtab_training.world import corpus
+from trimtab_training.world.cli import make_visibly
+from trimtab_training.world.evaluate import Figure, Kind, questions, score
+from trimtab_training.world.offline import Offline
+from trimtab_training.world.settings import ControlSettings, PretrainSettings
+from trimtab_training.world.steer import ROUTINGS
+from trimtab_training.world.world import TEMPLATE, TITLES, BaseSettings, World, WorldSettings
 
 STRENGTHS = (1.0, 1.5)
 CEILING, WITHOUT = "ceiling", "without"

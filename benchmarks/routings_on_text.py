@@ -29,15 +29,15 @@ from scores import encoder_of
 from trimtab_mappings import ByteEncoder, build_table
 from trimtab_mappings.texts import read_texts
 from trimtab_processors.alignment import Aligner
-from trimtab_training import architectures
 from trimtab_training.control.examples import Example, View, answered
 from trimtab_training.control.objectives import Objective, cross_entropy
 from trimtab_training.control.reference import answer_logits
 from trimtab_training.control.trainer import TrainingSet
-from trimtab_training.pretrain import pretrain
-from trimtab_training.settings import ControlSettings, PretrainSettings
-from trimtab_training.steer import ROUTINGS, contexts_before, last_rows, make_routing, shift_of
-from trimtab_training.teaching import control_recipe, train_control
+from trimtab_training.world import architectures
+from trimtab_training.world.pretrain import pretrain
+from trimtab_training.world.settings import ControlSettings, PretrainSettings
+from trimtab_training.world.steer import ROUTINGS, contexts_before, last_rows, make_routing, shift_of
+from trimtab_training.world.teaching import control_recipe, train_control
 
 STRENGTHS = (0.5, 1.0)
 WIDTH, LAYERS = 128, 2

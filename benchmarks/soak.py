@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gateways import CONTROL, LATE, WORLD, Gateway, chats, gateway, percentile, the_world
-from trimtab_training.evaluate import Question
+from trimtab_training.world.evaluate import Question
 
 SPARED, KILLED = "a", "b"
 WAYS: tuple[Any, ...] = (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from trimtab_training.settings import ControlSettings, PretrainSettings
-from trimtab_training.world import BaseSettings, WorldSettings
+from trimtab_training.world.settings import ControlSettings, PretrainSettings
+from trimtab_training.world.world import BaseSettings, WorldSettings
 
 STEPS = PretrainSettings(steps=2, batch=4, warmup=1)
 

@@ -140,7 +140,7 @@ def recipes(context: typer.Context) -> None:
 @app.command(context_settings=_MOUNTED, add_help_option=False)
 def world(context: typer.Context) -> None:
     """Make the small world: models and a control to try everything with."""
-    from trimtab_training.cli import app as mapped
+    from trimtab_training.world.cli import app as mapped
 
     mapped(context.args, prog_name="trimtab world")
 
@@ -164,7 +164,7 @@ def similarity(context: typer.Context) -> None:
 @app.command(context_settings=_MOUNTED, add_help_option=False)
 def demo(context: typer.Context) -> None:
     """Show a control at work in the small world."""
-    from trimtab_training.demo import app as mapped
+    from trimtab_training.demo.demo import app as mapped
 
     mapped(context.args, prog_name="trimtab demo")
 

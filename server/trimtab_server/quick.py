@@ -22,7 +22,7 @@ def written_settings(
     """The models and controls, each `PLACE` or `NAME=PLACE`, of the options --model and --control.
 
     A model's own name is the last part of where it is, a control's the one in its pack. vLLM's CPU build does
-    not compile the models, which takes it minutes on few cores; a configuration file can have it compile them.
+    not compile the models, which takes minutes on few cores; a configuration file can have it compile them.
 
     Raises:
         SettingsError: there is a file too, or no model, two have one name, or a value is wrong.
@@ -50,9 +50,9 @@ def world_settings(options: Mapping[str, Any]) -> Settings:
         typer.Exit: the world can't be made; it has been said why.
     """
     # The server does without the package of the training, but for this.
-    from trimtab_training.child import signals_as_exits  # noqa: PLC0415
-    from trimtab_training.cli import failing_softly, make_visibly  # noqa: PLC0415
-    from trimtab_training.demo import server_config  # noqa: PLC0415
+    from trimtab_training.demo.demo import server_config  # noqa: PLC0415
+    from trimtab_training.world.cli import failing_softly, make_visibly  # noqa: PLC0415
+    from trimtab_training.world.signals import signals_as_exits  # noqa: PLC0415
 
     with signals_as_exits(), failing_softly():
         world = make_visibly(WORLD, WORLD_SEED)

@@ -13,8 +13,8 @@ import pytest
 from miniature import miniature
 from reference import Model, Reference
 from trimtab_mappings import build_table, load_encoder, load_vocabulary
-from trimtab_training.corpus import HARD
-from trimtab_training.world import make_world
+from trimtab_training.world.corpus import HARD
+from trimtab_training.world.world import make_world
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from miniature import miniature
-from trimtab_training.world import make_world
+from trimtab_training.world.world import make_world
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TELLING = Path(__file__).with_name("telling_vllm.py")

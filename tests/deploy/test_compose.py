@@ -27,8 +27,8 @@ from serving import free_port, get_json
 from trimtab_server.cli import app
 from trimtab_server.routes import open_routes
 from trimtab_server.settings import load_settings
-from trimtab_training.families import FAMILIES
-from trimtab_training.world import CONTROL, CONTROL_NAME
+from trimtab_training.world.families import FAMILIES
+from trimtab_training.world.world import CONTROL, CONTROL_NAME
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

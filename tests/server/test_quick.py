@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from trimtab_server.cli import app
 from trimtab_server.quick import WORLD, WORLD_SEED
-from trimtab_training.world import World
+from trimtab_training.world.world import World
 
 
 @pytest.fixture
@@ -102,7 +102,9 @@ def test_without_anything_the_small_world_is_served(serve, monkeypatch, tmp_path
     )  # fmt: skip
     for path in (*world.models.values(), world.control):
         path.mkdir(parents=True)
-    monkeypatch.setattr("trimtab_training.cli.make_visibly", lambda *given: asked.append(given) or world)
+    monkeypatch.setattr(
+        "trimtab_training.world.cli.make_visibly", lambda *given: asked.append(given) or world
+    )
     monkeypatch.setenv("TRIMTAB_LOG_LEVEL", "error")
     result, settings = serve("--port", "9000")
     assert result.exit_code == 0, result.output
@@ -117,7 +119,7 @@ def test_without_anything_the_small_world_is_served(serve, monkeypatch, tmp_path
 def test_the_world_is_that_of_the_demo():
     import inspect
 
-    from trimtab_training.demo import demo
+    from trimtab_training.demo.demo import demo
 
     defaults = {name: value.default for name, value in inspect.signature(demo).parameters.items()}
     assert (defaults["directory"], defaults["seed"]) == (WORLD, WORLD_SEED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from miniature import miniature
-from trimtab_training.world import World, make_world
+from trimtab_training.world.world import World, make_world
 
 
 @pytest.fixture(scope="session")

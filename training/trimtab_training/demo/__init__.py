@@ -1,0 +1,1 @@
+"""The demo: the small world served, asked over HTTP and measured."""
