@@ -26,7 +26,7 @@ _BYTE_SPELLINGS = [
 _WITHOUT_REPLACEMENT = {"ByteFallback", "Fuse", "Strip"}
 _SAMPLES = 16  # runs of tokens that are held against the tokenizer's own decoder
 _RUN = 16
-_SIGNS = {"Ġ": "ByteLevel", SPACE_SIGN: "Metaspace"}
+SPACE_SIGNS = {"Ġ": "ByteLevel", SPACE_SIGN: "Metaspace"}
 _FEW, _FEW_SHARE = 16, 0.1  # Ġ is a letter too: some tokens may begin with it
 
 
@@ -145,7 +145,7 @@ def _read_byte_level(spelling: str) -> bytes:
 
 def _require_no_signs(tokens: Sequence[bytes], name: str) -> None:
     """Refuse tokens that keep the sign for a space: their decoder is for another kind of vocabulary."""
-    for sign, decoder in _SIGNS.items():
+    for sign, decoder in SPACE_SIGNS.items():
         start = sign.encode()
         signed = [token for token in tokens if token.startswith(start) and token != start]
         if len(signed) > max(_FEW, len(tokens) * _FEW_SHARE):

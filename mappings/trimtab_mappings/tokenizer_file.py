@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab_mappings.decoding import VocabularyError
+from trimtab_mappings.round_trip import SENTENCE, encode
 from trimtab_mappings.vocabulary import backend_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 _STEPS = ("normalizer", "pre_tokenizer", "decoder")
 _VOCAB = re.compile(rb'"vocab"\s*:\s*[\[{]')
-_SENTENCE = "the cat sat on the mat"
 # Lower case and ASCII: settings such as `do_lower_case` may differ from the file on purpose.
 _TEXT = "x the cat didn't sit on 3.14 mats;\n\n\tif (a == b) { return 1234567; }   # done"
 _SAMPLES = 16
@@ -77,7 +77,7 @@ def follow_file(
         _log.warning("%s; the library follows %s: tokenizer.json loses text", told, kind)
         return tokenizer
     raise VocabularyError(
-        f"{told}; neither of them decodes {_SENTENCE!r} to what it was. Save the tokenizer anew"
+        f"{told}; neither of them decodes {SENTENCE!r} to what it was. Save the tokenizer anew"
         " (`save_pretrained`) with the class that the model was trained with"
     )
 
@@ -174,7 +174,24 @@ def _with_rules(loaded: Tokenizer, rules: dict[str, Any], path: Path) -> Tokeniz
 
 
 def _first_difference(loaded: Tokenizer, in_file: Tokenizer) -> str | None:
-    return _decoded_difference(loaded, in_file) or _encoded_difference(loaded, in_file)
+    return (
+        _returned_difference(loaded, in_file)
+        or _encoded_difference(loaded, in_file)
+        or _decoded_difference(loaded, in_file)
+    )
+
+
+def _returned_difference(loaded: Tokenizer, in_file: Tokenizer) -> str | None:
+    """Compare what comes back of a sentence that is encoded and decoded."""
+    ours, theirs = (_returned(backend) for backend in (loaded, in_file))
+    if ours == theirs:
+        return None
+    return f"it encodes and decodes {SENTENCE!r} to {ours!r}, tokenizer.json to {theirs!r}"
+
+
+def _returned(backend: Tokenizer) -> str | None:
+    encoding = encode(backend, SENTENCE)
+    return None if encoding is None else str(backend.decode(encoding.ids)).strip()
 
 
 def _decoded_difference(loaded: Tokenizer, in_file: Tokenizer) -> str | None:
@@ -205,7 +222,7 @@ def _encoded_difference(loaded: Tokenizer, in_file: Tokenizer) -> str | None:
 
 def _behind_first_word(backend: Tokenizer) -> list[str]:
     """Encode the sample text; the first word is left out, since a setting may add a space before it."""
-    encoding = _encode(backend, _TEXT)
+    encoding = encode(backend, _TEXT)
     if encoding is None:
         return ["an error"]
     tokens = zip(encoding.ids, encoding.offsets, strict=True)
@@ -213,12 +230,4 @@ def _behind_first_word(backend: Tokenizer) -> list[str]:
 
 
 def _holds(backend: Tokenizer) -> bool:
-    encoding = _encode(backend, _SENTENCE)
-    return encoding is not None and bool(backend.decode(encoding.ids).strip() == _SENTENCE)
-
-
-def _encode(backend: Tokenizer, text: str) -> Encoding | None:
-    try:
-        return backend.encode(text, add_special_tokens=False)
-    except Exception:  # noqa: BLE001 - the class itself: a model that needs an unknown token and has none
-        return None
+    return _returned(backend) == SENTENCE

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from trimtab_mappings.decoding import VocabularyError, byte_tokens, read_tokens
+from trimtab_mappings.round_trip import require_round_trip
 from trimtab_mappings.special_tokens import find_special_tokens
 
 if TYPE_CHECKING:
@@ -91,13 +92,15 @@ def read_vocabulary(
             template is found without being listed.
 
     Raises:
-        VocabularyError: the tokenizer is slow, or of a kind whose tokens do not join to text.
+        VocabularyError: the tokenizer is slow, or of a kind whose tokens do not join to text, or the tokens
+            of a plain sentence do not join to it.
     """
     name = name or str(tokenizer.name_or_path) or type(tokenizer).__name__
     backend = backend_of(tokenizer, name)
     special = find_special_tokens(tokenizer, backend, eos_ids)
     spelled = read_tokens(backend, name)
     tokens = tuple(b"" if token_id in special.ids else token for token_id, token in enumerate(spelled))
+    require_round_trip(backend, tokens, name)
     fallback = byte_tokens(backend, tokens)
     return Vocabulary(
         name=name,

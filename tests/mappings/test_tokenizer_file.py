@@ -81,7 +81,10 @@ def test_it_maps_as_the_same_tokenizer_under_its_own_name_does(misnamed, gpt2_li
 def test_a_warning_says_which_side_is_wrong_and_what_mends_it(misnamed, caplog):
     load_vocabulary(misnamed)
     (warning,) = caplog.messages
-    assert f"{misnamed}: LlamaTokenizer {WARNING}: it decodes tokens " in warning
+    assert (
+        f"{misnamed}: LlamaTokenizer {WARNING}: it encodes and decodes 'the cat sat on the mat' to"
+        " 'thecatsatonthemat', tokenizer.json to 'the cat sat on the mat'; the library"
+    ) in warning
     assert "the library follows tokenizer.json, but vLLM reads and writes text as LlamaTokenizer" in warning
     caplog.clear()
     change(Path(misnamed) / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
