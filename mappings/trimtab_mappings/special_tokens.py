@@ -130,33 +130,44 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]
 
 
 def counterparts(target: Vocabulary, control: Vocabulary) -> dict[int, int]:
-    """The control's token for each special token of the target; -1 if there is none.
+    """Return the control's token for each special token of the target; -1 if there is none.
 
-    Roles come first, then the same name. If a token has several roles, the last one counts: that for which
-    a model generates it.
+    The same name comes first, then the same role. Only tokens that end a generation go by their role first.
+    If a token has several roles, the last one counts: that for which a model generates it.
     """
     by_name = {name: token_id for token_id, name in control.names.items()}
     pairs = {token_id: by_name.get(name, -1) for token_id, name in target.names.items()}
-    ends = {*control.roles.get("eos", ()), *control.roles.get("end_of_turn", ())}
+    nameless = {token_id for token_id, own in pairs.items() if own == -1}
+    ends = {*_all_ends(control)}
     for role in ("pad", "unk", "bos"):
         # A padding token that is also the control's eos would lend the target's padding the shift of an end.
         own = [i for i in control.roles.get(role, ()) if role == "bos" or i not in ends]
-        pairs |= {token_id: own[0] for token_id in target.roles.get(role, ()) if own}
+        pairs |= {token_id: own[0] for token_id in target.roles.get(role, ()) if own and token_id in nameless}
     return pairs | dict(_ends(target, control, by_name))
 
 
 def _ends(target: Vocabulary, control: Vocabulary, by_name: Mapping[str, int]) -> Iterator[tuple[int, int]]:
-    """Pair what ends a turn with what ends the control's, other ends with that of their name or with eos."""
+    """Pair what ends a turn with what ends the control's, other ends with that of their name or with eos.
+
+    If one side does not tell which of its ends is that of a turn, an end of the same name comes first.
+    """
     turns, own_turns = turn_ends(target), turn_ends(control)
-    own_eos, own_ends = (control.roles.get(role, ()) for role in ("eos", "end_of_turn"))
-    for token_id in (*target.roles.get("end_of_turn", ()), *target.roles.get("eos", ())):
+    own_ends = (*control.roles.get("eos", ()), *control.roles.get("end_of_turn", ()))
+    turn, own_turn_is_known = _known_turn_end(target), _known_turn_end(control) is not None
+    for token_id in _all_ends(target):
         same = by_name.get(target.names.get(token_id, ""))
-        candidates = own_turns if token_id in turns else (*own_eos, *own_ends)
+        candidates = own_turns if token_id in turns else own_ends
+        namesakes = candidates if token_id == turn and own_turn_is_known else own_ends
         takes_any_name = token_id not in turns and token_id not in target.roles.get("eos", ())
-        if same is not None and (same in candidates or takes_any_name):
+        if same is not None and (same in namesakes or takes_any_name):
             yield token_id, same
         else:
             yield token_id, candidates[0] if candidates else -1
+
+
+def _all_ends(vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Return every token that ends a generation, eos last."""
+    return (*vocabulary.roles.get("end_of_turn", ()), *vocabulary.roles.get("eos", ()))
 
 
 def turn_ends(vocabulary: Vocabulary) -> tuple[int, ...]:
@@ -164,3 +175,9 @@ def turn_ends(vocabulary: Vocabulary) -> tuple[int, ...]:
     if vocabulary.turn_end is not None:
         return (vocabulary.turn_end,)
     return vocabulary.roles.get("end_of_turn") or vocabulary.roles.get("eos", ())
+
+
+def _known_turn_end(vocabulary: Vocabulary) -> int | None:
+    """Return the token that ends a turn; None if no template says which of several ends does."""
+    ends = _all_ends(vocabulary)
+    return ends[0] if vocabulary.turn_end is None and len(ends) == 1 else vocabulary.turn_end

@@ -156,7 +156,10 @@ def test_a_token_that_is_doubled_maps_to_the_one_that_the_tokenizer_says(family)
 
 
 def test_special_tokens_map_by_role_and_never_by_id(gpt2_like, llama_like):
-    target = read_vocabulary(with_chat_tokens(gpt2_like))
+    tokenizer = with_chat_tokens(gpt2_like)
+    names = {"bos_token": "<|begin|>", "unk_token": "<|unknown|>", "pad_token": "<|padding|>"}
+    tokenizer.add_special_tokens(names)  # that the control does not have
+    target = read_vocabulary(tokenizer)
     control = encoder_of(with_other_special_tokens(llama_like))
     table = build_table(target, control)
     theirs = control.vocabulary.roles
