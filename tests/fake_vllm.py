@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,8 @@ async def text(_: web.Request) -> web.Response:
 
 async def echo(request: web.Request) -> web.Response:
     body = await request.read()
+    if "digest" in request.query:
+        return web.json_response({"sha256": sha256(body).hexdigest(), "bytes": len(body)})
     answer = {
         "method": request.method,
         "target": request.raw_path,

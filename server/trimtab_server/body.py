@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator, MutableMapping
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 from fastapi import Request
 
-from trimtab_server.budget import ByteBudget
+from trimtab_server.budget import ByteBudget, Reservation
 from trimtab_server.errors import (
     BadRequestError,
     BodyTooLargeError,
@@ -114,6 +115,29 @@ class BodyReader:
         announced = self._announced(request)
         if announced <= SMALL_BODY_BYTES:
             return await self._read(request)
+        reservation = await self._reserve(announced, held)
+        body = await self._read(request)
+        reservation.shrink(len(body) if len(body) > SMALL_BODY_BYTES else 0)
+        return body
+
+    async def read_to_file(self, request: Request, held: ExitStack) -> bytes | BinaryIO:
+        """Return a body whose content the gateway does not need: a large one as a temporary file.
+
+        Memory holds one piece of it at a time. `held` closes the file, and gives its room back.
+
+        Raises:
+            BodyTooLargeError, RequestTimeoutError, OverloadedError: as of `read`.
+        """
+        announced = self._announced(request)
+        if announced <= SMALL_BODY_BYTES:
+            return await self._read(request)
+        await self._reserve(announced, held)
+        file = held.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - `held` closes it
+        await self._receive(request, lambda piece: asyncio.to_thread(file.write, piece))
+        await asyncio.to_thread(file.flush)
+        return file
+
+    async def _reserve(self, announced: int, held: ExitStack) -> Reservation:
         try:
             async with asyncio.timeout(_ROOM_SECONDS):
                 reservation = await self._budget.reserve(announced)
@@ -122,9 +146,7 @@ class BodyReader:
                 f"Other requests leave no room for a body of {announced} bytes (limits.body_bytes_total)."
             ) from error
         held.callback(reservation.release)
-        body = await self._read(request)
-        reservation.shrink(len(body) if len(body) > SMALL_BODY_BYTES else 0)
-        return body
+        return reservation
 
     async def parse(self, body: bytes) -> JsonObject:
         """Return the JSON object in `body`.
@@ -154,19 +176,28 @@ class BodyReader:
 
     async def _read(self, request: Request) -> bytes:
         body = bytearray()
+
+        async def add(piece: bytes) -> None:
+            body.extend(piece)
+
+        await self._receive(request, add)
+        return bytes(body)
+
+    async def _receive(self, request: Request, take: Callable[[bytes], Awaitable[Any]]) -> None:
+        size = 0
         try:
             async with asyncio.timeout(self._seconds), asyncio.timeout(_PIECE_SECONDS) as pause:
                 async for piece in request.stream():
                     pause.reschedule(asyncio.get_running_loop().time() + _PIECE_SECONDS)
-                    body += piece
-                    if len(body) > self._limit:
+                    size += len(piece)
+                    if size > self._limit:
                         raise self._too_large()
+                    await take(piece)
         except TimeoutError as error:
             raise RequestTimeoutError(
                 f"The body did not arrive within {self._seconds:g} s (timeouts.body), or stopped for"
                 f" {_PIECE_SECONDS} s."
             ) from error
-        return bytes(body)
 
     def _too_large(self) -> BodyTooLargeError:
         return BodyTooLargeError(f"The body is larger than {self._limit} bytes (limits.body_bytes).")

@@ -53,7 +53,7 @@ class Exchange:
         self.held = ExitStack()
         """What a request holds until it is over."""
         self.body_memory = ExitStack()
-        """The room that its body takes, until the answer begins."""
+        """The room that its body takes, in memory or in a temporary file, until the answer begins."""
         self._metrics = metrics
         self._method = method
         self._path = path
@@ -65,14 +65,15 @@ class Exchange:
         self._begun = time.perf_counter()
         self._first_byte: float | None = None
 
-    def received(self, body: bytes) -> None:
-        """The request's body is here: the log shows its beginning, if it is to."""
+    def received(self, body: bytes, size: int | None = None) -> None:
+        """The body is here, or the beginning of its `size` bytes: the log shows that, if it is to."""
         if self._shows_body:
+            size = len(body) if size is None else size
             text = body[:SHOWN_BODY_BYTES].decode(errors="replace")
-            fields = {"id": self.request_id, "bytes": len(body), "body": text}
+            fields = {"id": self.request_id, "bytes": size, "body": text}
             # As a JSON string: nothing in it can look like a line of the log.
             logger.info(
-                "%s bytes=%d body=%s", self.request_id, len(body), json.dumps(text), extra={FIELDS: fields}
+                "%s bytes=%d body=%s", self.request_id, size, json.dumps(text), extra={FIELDS: fields}
             )
 
     def routed(self, model: str, alias: str | None = None) -> None:

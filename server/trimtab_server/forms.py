@@ -1,13 +1,15 @@
 """Multipart forms: the fields that the gateway has to read, and a body with another `model`.
 
-The parser reports positions in the body. Only the fields that are asked for are copied, never a file.
+A form is read in pieces, from memory or from a file. Only the fields that are asked for are copied, never a
+file of the form.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
@@ -18,6 +20,8 @@ from trimtab_server.errors import BadRequestError
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
+_FORM = b"multipart/form-data"
+_PIECE_BYTES = 2**16
 MAX_FIELD_BYTES = 65_536
 """Maximum size of a field that the gateway reads."""
 MAX_PARTS = 1000
@@ -34,15 +38,18 @@ class Field:
     end: int
 
 
-def boundary_of(request: Request) -> bytes | None:
-    """Return the boundary of a multipart form; None if the request has no such body.
+def is_form(request: Request) -> bool:
+    """Whether the request says that its body is a multipart form."""
+    return parse_options_header(request.headers.get("content-type"))[0] == _FORM
+
+
+def boundary_of(request: Request) -> bytes:
+    """Return the boundary of a multipart form.
 
     Raises:
         BadRequestError: the content type names no boundary.
     """
-    kind, options = parse_options_header(request.headers.get("content-type"))
-    if kind != b"multipart/form-data":
-        return None
+    _, options = parse_options_header(request.headers.get("content-type"))
     if not options.get(b"boundary"):
         raise BadRequestError("Content-Type multipart/form-data must have a boundary", code="invalid_form")
     charset = options.get(b"charset", b"utf-8").lower()
@@ -53,32 +60,47 @@ def boundary_of(request: Request) -> bytes | None:
     return options[b"boundary"]
 
 
-def read_fields(body: bytes, boundary: bytes, names: Collection[str]) -> list[Field]:
+def read_fields(body: BinaryIO, boundary: bytes, names: Collection[str]) -> list[Field]:
     """Return the fields called one of `names`, in their order; files are passed over.
 
     Raises:
         BadRequestError: the body is not a form, or one of these fields is too large or not UTF-8.
     """
     reader = _Reader(names)
+    parser = MultipartParser(boundary, reader.callbacks())
+    body.seek(0)
     try:
-        MultipartParser(boundary, reader.callbacks()).write(body)
+        while piece := body.read(_PIECE_BYTES):
+            reader.piece = piece
+            parser.write(piece)
+            reader.passed += len(piece)
     except FormParserError as error:
         raise BadRequestError(f"The body is not a valid form: {error}", code="invalid_form") from error
     return reader.fields
 
 
-def with_value(body: bytes, old: Field, value: str) -> bytes:
-    """Return the body with another value in the field `old`, and every other byte as it is."""
-    whole = memoryview(body)
-    return b"".join((whole[: old.start], value.encode(), whole[old.end :]))
+def write_with_value(body: BinaryIO, old: Field, value: str, output: BinaryIO) -> None:
+    """Write the body with another value in the field `old`, and every other byte as it is."""
+    body.seek(0)
+    left = old.start
+    while left > 0:
+        left -= output.write(body.read(min(_PIECE_BYTES, left)))
+    output.write(value.encode())
+    body.seek(old.end)
+    shutil.copyfileobj(body, output, _PIECE_BYTES)
+    output.flush()
 
 
 @dataclass
 class _Reader:
-    """Collects fields from the parser's callbacks, which report positions in the one body that is written."""
+    """Collects fields from the parser's callbacks, which report positions in the piece that is written."""
 
     names: Collection[str]
     fields: list[Field] = field(default_factory=list)
+    piece: bytes = b""
+    """The piece that the parser reads."""
+    passed: int = 0
+    """The bytes of the body before that piece."""
     _parts: int = 0
     _header: bytes = b""
     _value: bytes = b""
@@ -125,7 +147,9 @@ class _Reader:
     def _add_content(self, data: bytes, start: int, end: int) -> None:
         if self._name is None:
             return
-        self._start = start if self._start is None else self._start
+        if self._start is None:
+            # The end of the piece before, which looked like a boundary, comes in bytes of the parser's own.
+            self._start = self.passed + (start if data is self.piece else start - end)
         self._content += data[start:end]
         if len(self._content) > MAX_FIELD_BYTES:
             raise BadRequestError(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from fastapi import Depends, Request
 
 from trimtab_server.body import BodyReader, JsonObject, require_json
 from trimtab_server.controls import Catalogue
 from trimtab_server.errors import BadRequestError, UnknownModelError
-from trimtab_server.exchange import exchange_of
+from trimtab_server.exchange import SHOWN_BODY_BYTES, exchange_of
 from trimtab_server.keys import require_admin, require_key
 from trimtab_server.loading import Loader
 from trimtab_server.metrics import Metrics
@@ -83,6 +83,19 @@ async def read_whole(request: Request, here: Gateway) -> bytes:
     exchange = exchange_of(request)
     body = await here.bodies.read(request, exchange.body_memory)
     exchange.received(body)
+    return body
+
+
+async def read_to_file(request: Request, here: Gateway) -> bytes | BinaryIO:
+    """Read a body whose content the gateway does not need: a large one is a temporary file."""
+    exchange = exchange_of(request)
+    body = await here.bodies.read_to_file(request, exchange.body_memory)
+    if isinstance(body, bytes):
+        exchange.received(body)
+    else:
+        size = body.tell()
+        body.seek(0)
+        exchange.received(body.read(SHOWN_BODY_BYTES), size)
     return body
 
 

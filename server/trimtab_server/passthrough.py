@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-from typing import Any
+import tempfile
+from typing import Any, BinaryIO
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -19,8 +21,9 @@ from trimtab_server.errors import (
     NotFoundError,
     UnauthorizedError,
 )
-from trimtab_server.forms import boundary_of, read_fields, with_value
-from trimtab_server.gateway import Gateway, Here, read_whole, route_to
+from trimtab_server.exchange import exchange_of
+from trimtab_server.forms import Field, boundary_of, is_form, read_fields, write_with_value
+from trimtab_server.gateway import Gateway, Here, read_to_file, read_whole, route_to
 from trimtab_server.keys import require_admin, require_key
 from trimtab_server.relay import relay
 from trimtab_server.selection import FIELD, from_text, split_alias
@@ -36,7 +39,7 @@ passthrough_routes = APIRouter()
 async def forward(request: Request, here: Here) -> Response:
     """Pass a request on to an endpoint of a worker that the gateway does not answer itself."""
     _require_access(request, here.settings)
-    body, asked = await _with_base_model(request, here, await read_whole(request, here))
+    body, asked = await _read_with_base_model(request, here)
     if asked is None:
         asked = request.query_params.get(_MODEL)
     if asked is None and not body:
@@ -99,15 +102,32 @@ def _require_only_model(request: Request, here: Gateway) -> None:
         )
 
 
-async def _with_base_model(request: Request, here: Gateway, body: bytes) -> tuple[bytes, Any]:
+async def _read_with_base_model(request: Request, here: Gateway) -> tuple[bytes | BinaryIO, Any]:
     """Return the body with the model's own name instead of an alias, and the name that the body has."""
+    if is_form(request):
+        return await _read_form(request, here)
+    body = await read_whole(request, here)
+    if body and is_json(request):
+        return _json_with_base_model(await here.bodies.parse(body))
+    return body, None
+
+
+async def _read_form(request: Request, here: Gateway) -> tuple[bytes | BinaryIO, Any]:
+    body = await read_to_file(request, here)
     if not body:
         return body, None
-    if is_json(request):
-        return _json_with_base_model(await here.bodies.parse(body))
-    if not (boundary := boundary_of(request)):
+    form = io.BytesIO(body) if isinstance(body, bytes) else body
+    boundary, size = boundary_of(request), form.seek(0, io.SEEK_END)
+    field = await here.bodies.run(size, lambda: _model_field(form, boundary))
+    if field is None:
         return body, None
-    return await here.bodies.run(len(body), lambda: _form_with_base_model(body, boundary))
+    name, said = split_alias(field.value)
+    if said is not None:
+        held = exchange_of(request).body_memory
+        renamed = held.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - `held` closes it
+        await here.bodies.run(size, lambda: write_with_value(form, field, name, renamed))
+        body = renamed
+    return body, field.value
 
 
 def _json_with_base_model(payload: JsonObject) -> tuple[bytes, Any]:
@@ -121,7 +141,7 @@ def _json_with_base_model(payload: JsonObject) -> tuple[bytes, Any]:
     return payload.encode(), asked
 
 
-def _form_with_base_model(body: bytes, boundary: bytes) -> tuple[bytes, Any]:
+def _model_field(body: BinaryIO, boundary: bytes) -> Field | None:
     fields = read_fields(body, boundary, (_MODEL, FIELD, XARGS))
     models = [field for field in fields if field.name == _MODEL]
     if any(field.name == FIELD for field in fields):
@@ -131,10 +151,7 @@ def _form_with_base_model(body: bytes, boundary: bytes) -> tuple[bytes, Any]:
             refuse_own_xargs({XARGS: _json_or_none(field.value)})
     if len(models) > 1:
         raise BadRequestError("`model` must occur once in the form", param=_MODEL)
-    if not models:
-        return body, None
-    name, said = split_alias(models[0].value)
-    return (body if said is None else with_value(body, models[0], name)), models[0].value
+    return models[0] if models else None
 
 
 def _json_or_none(text: str) -> Any:

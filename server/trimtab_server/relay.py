@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 HeaderPairs = Iterable[tuple[bytes, bytes]]
 
 
-def call_of(request: Request, body: bytes, *, uncompressed: bool = False) -> Call:
+def call_of(request: Request, body: bytes | BinaryIO, *, uncompressed: bool = False) -> Call:
     """The request as a worker is to get it; `uncompressed`: such that its answer is not compressed."""
     target = request.scope["raw_path"].decode("latin-1")
     if query := request.scope["query_string"].decode("latin-1"):
@@ -34,7 +34,7 @@ def call_of(request: Request, body: bytes, *, uncompressed: bool = False) -> Cal
     return Call(request.method, target, headers, body)
 
 
-async def relay(request: Request, model: Model, body: bytes) -> Response:
+async def relay(request: Request, model: Model, body: bytes | BinaryIO) -> Response:
     """Send the request on to a worker of `model`.
 
     Raises:
@@ -83,7 +83,7 @@ async def _answered_in_turn(
 async def _answered(
     request: Request,
     model: Model,
-    body: bytes,
+    body: bytes | BinaryIO,
     extra_headers: HeaderPairs = (),
     held: ExitStack | None = None,
 ) -> Response:

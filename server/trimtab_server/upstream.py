@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import aiohttp
 from yarl import URL
@@ -48,7 +49,8 @@ class Call:
     method: str
     target: str
     headers: Headers
-    body: bytes
+    body: bytes | BinaryIO
+    """A file can be sent more than once, each time from its beginning."""
 
 
 class SocketAddress:
@@ -133,20 +135,26 @@ class Upstream:
             WorkerFailedError: the connection broke.
             WorkerTimeoutError: the worker fell silent.
         """
+        body = _opened(call.body)
         try:
             response = await self._session.request(
                 call.method,
                 self._url(call.target),
                 headers=[*_forwarded(call.headers, self._address.dropped), ("x-request-id", request_id)],
-                # From a file, aiohttp sends it in pieces, between which other requests go on.
-                data=io.BytesIO(call.body) if call.body else None,
+                data=body,
                 allow_redirects=False,
             )
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise self._translate(error) from error
+        except BaseException as error:
+            if body is not None:
+                body.close()
+            if isinstance(error, (aiohttp.ClientError, TimeoutError)):
+                raise self._translate(error) from error
+            raise
         answer = Answer(response, self._translate)
         self._answers.add(answer)
         answer.held.callback(self._answers.discard, answer)
+        if body is not None:
+            answer.held.callback(body.close)
         return answer
 
     async def get(self, path: str) -> tuple[int, bytes]:
@@ -293,6 +301,18 @@ class Answer:
         """Let go of the connection; vLLM aborts a request that has not ended. More than once does no harm."""
         self._response.close()
         self.held.close()
+
+
+def _opened(body: bytes | BinaryIO) -> BinaryIO | None:
+    """Open a body: from a file, aiohttp sends it in pieces, between which other requests go on.
+
+    aiohttp closes what it has sent, so it gets a file of its own.
+    """
+    if isinstance(body, bytes):
+        return io.BytesIO(body) if body else None
+    file = os.fdopen(os.dup(body.fileno()), "rb")
+    file.seek(0)
+    return file
 
 
 def _forwarded(headers: Headers, dropped: frozenset[str]) -> list[tuple[str, str]]:

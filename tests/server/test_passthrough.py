@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 
+from trimtab_server import forms
 from trimtab_server.access import ADMIN, ALLOWED, DISABLED
 
 TWO = {"a": {"model": "."}, "b": {"model": "."}}
@@ -199,12 +201,26 @@ def test_a_form_is_read_without_a_copy_of_its_file():
     body = head + b"\r\n-" * 2**22 + tail
     tracemalloc.start()
     try:
-        (field,) = read_fields(body, b"x", ("model",))
+        (field,) = read_fields(io.BytesIO(body), b"x", ("model",))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert (field.value, body[field.start : field.end]) == ("m", b"m")
     assert peak < 2**20
+
+
+@pytest.mark.parametrize("size", range(1, 40))
+def test_fields_are_found_wherever_the_body_is_cut_into_pieces(monkeypatch, size):
+    monkeypatch.setattr(forms, "_PIECE_BYTES", size)
+    head = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\n'
+    for value in (b"", b"m", b"\r", b"\r\n", b"\r\n-", b"\r\n--", b"\r\n--y\r\n-\r\n", b"a\r\n--\r\n--b"):
+        body = io.BytesIO(head + value + b"\r\n--x--\r\n")
+        (field,) = forms.read_fields(body, b"x", ("model",))
+        assert field.value.encode() == value
+        assert not value or body.getvalue()[field.start : field.end] == value
+        output = io.BytesIO()
+        forms.write_with_value(body, field, "new", output)
+        assert not value or output.getvalue() == head + b"new\r\n--x--\r\n"
 
 
 # The OpenAI SDK
