@@ -180,6 +180,8 @@ async def generate(request: web.Request) -> web.StreamResponse:
             os.kill(os.getpid(), signal.SIGKILL)
         if orders.get("hang_up") == "before":
             request.transport.abort()
+        if refusal := orders.get("refusal"):
+            return web.json_response(refusal["body"], status=refusal["status"])
         return await (_stream if payload.get("stream") else _answer)(request, payload, orders)
     except (asyncio.CancelledError, ConnectionError):
         request.app[SEEN]["aborted"] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -19,7 +20,7 @@ REQUEST_ID = "x-request-id"
 ANTHROPIC_REQUEST_ID = "request-id"
 """The header in which Anthropic's clients look for the request's id."""
 _ANTHROPIC = "/v1/messages"
-_ANTHROPIC_KINDS = {
+_ANTHROPIC_KINDS: Mapping[int, str] = {
     HTTPStatus.BAD_REQUEST: "invalid_request_error",
     HTTPStatus.UNAUTHORIZED: "authentication_error",
     HTTPStatus.FORBIDDEN: "permission_error",
@@ -180,9 +181,24 @@ def body_for(path: str, request_id: str, status: int, body: dict[str, Any]) -> d
     if not is_anthropic(path):
         return body
     other = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "api_error"
-    kind = _ANTHROPIC_KINDS.get(HTTPStatus(status), other)
+    kind = _ANTHROPIC_KINDS.get(status, other)
     error = {"type": kind, "message": body["error"]["message"]}
     return {"type": "error", "error": error, "request_id": request_id}
+
+
+def translated(path: str, request_id: str, status: int, content: bytes) -> bytes:
+    """Return a worker's error, as JSON, in the shape of the API that `path` belongs to.
+
+    What is no error object stays as it is.
+    """
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    error = body.get("error") if isinstance(body, dict) else None
+    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
+        return content
+    return json.dumps(body_for(path, request_id, status, body)).encode()
 
 
 def _answer(request: Request, body: dict[str, Any], status: int, headers: Mapping[str, str]) -> Response:

@@ -80,17 +80,17 @@ class Preparer:
             raise PromptTooLongError(
                 f"The conversation has {size} bytes, more than {limit} (limits.control_prompt_bytes). It may"
                 " be longer without control: `control: false`.",
-                param="messages",
+                param=chat.param,
             )
         if model.prompt_bytes is not None and (size := chat.text_bytes) > model.prompt_bytes:
             raise PromptTooLongError(
                 f"The conversation has {size} bytes, more than any prompt of {model.name!r}:"
                 f" {model.prompt_bytes}, its context times its longest token.",
-                param="messages",
+                param=chat.param,
             )
 
     def _encoding(self, prompter: Prompter, chat: Chat) -> Callable[[], list[int]]:
-        return lambda: prompter.encode(prompter.render(chat), self._limits.control_prompt_tokens)
+        return lambda: prompter.encode(prompter.render(chat), self._limits.control_prompt_tokens, chat.param)
 
     async def _run(self, model: Model, size: int, work: Callable[[], Result]) -> Result:
         if size <= SMALL_BODY_BYTES:

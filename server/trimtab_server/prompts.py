@@ -25,6 +25,8 @@ class Chat:
     messages: Sequence[Mapping[str, Any]]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    param: str = "messages"
+    """The field of the body that holds it."""
 
     @cached_property
     def size(self) -> int:
@@ -63,19 +65,19 @@ def chat_of(path: str, body: Mapping[str, Any]) -> Chat | None:
         case "/v1/chat/completions":
             continues = bool(body.get("continue_final_message"))
             asks = bool(body.get("add_generation_prompt", not continues))
-            return Chat(_messages(body.get("messages")), asks, continues)
+            return Chat(_messages(body.get("messages"), "messages"), asks, continues)
         case "/v1/messages":
             turns = [*_system(body.get("system")), *_listed(body.get("messages"), "messages")]
-            return Chat(_messages(turns))
+            return Chat(_messages(turns, "messages"))
         case "/v1/responses":
             given = body.get("input")
             turns = (
                 [{"role": "user", "content": given}] if isinstance(given, str) else _listed(given, "input")
             )
             spoken = [turn for turn in turns if not isinstance(turn, dict) or "role" in turn]
-            messages = _messages([*_system(body.get("instructions")), *spoken])
+            messages = _messages([*_system(body.get("instructions")), *spoken], "input")
             continues = _is_continued(turns)
-            return Chat(messages, not continues, continues)
+            return Chat(messages, not continues, continues, "input")
     return None
 
 
@@ -107,15 +109,16 @@ class Prompter:
                 continue_final_message=chat.continue_final_message,
             )
         except Exception as error:  # a template is data, and fails in any way it likes
-            raise _rejected(error) from error
+            raise _rejected(error, chat.param) from error
         return str(text)
 
-    def encode(self, text: str, limit: int) -> list[int]:
+    def encode(self, text: str, limit: int, param: str = "messages") -> list[int]:
         """Return the control's token ids of a rendered chat.
 
         Args:
             text: what `render` returned.
             limit: upper bound on their number.
+            param: the field of the request that an error names.
 
         Raises:
             PromptTooLongError: there are more. A text that is too long for any `limit` tokens is refused by
@@ -128,18 +131,18 @@ class Prompter:
                 raise PromptTooLongError(
                     f"The prompt has {size} bytes, more than any {limit} tokens of the control"
                     " (limits.control_prompt_tokens).",
-                    param="messages",
+                    param=param,
                 )
             # A batch of one: unlike a single text, it is encoded without Python's global lock, so that other
             # requests go on meanwhile. The fast way leaves out where each token is, half of the work.
             ids = list(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
         except (UnicodeError, TypeError) as error:
-            raise _rejected(error) from error
+            raise _rejected(error, param) from error
         if len(ids) > limit:
             raise PromptTooLongError(
                 f"The prompt has {len(ids)} of the control's tokens, more than {limit}"
                 " (limits.control_prompt_tokens).",
-                param="messages",
+                param=param,
             )
         return ids
 
@@ -156,9 +159,9 @@ def load_prompter(pack: Pack) -> Prompter | None:
     return Prompter(tokenizer, pack.chat_template)
 
 
-def _rejected(error: Exception) -> BadRequestError:
+def _rejected(error: Exception, param: str) -> BadRequestError:
     message = f"The control's chat template can't render these messages: {error}"
-    return BadRequestError(message, param="messages")
+    return BadRequestError(message, param=param)
 
 
 def _system(content: Any) -> list[dict[str, Any]]:
@@ -179,20 +182,18 @@ def _listed(turns: Any, param: str) -> list[Any]:
     return turns
 
 
-def _messages(messages: Any) -> list[dict[str, Any]]:
+def _messages(messages: Any, param: str) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BadRequestError("messages is a list of objects", param="messages")
-    return [{**message, "content": _text(message.get("content"))} for message in messages]
+        raise BadRequestError(f"{param} is a list of objects", param=param)
+    return [{**message, "content": _text(message.get("content"), param)} for message in messages]
 
 
-def _text(content: Any) -> str:
+def _text(content: Any, param: str) -> str:
     """The text of a message; of a list of parts the texts, a line each as in vLLM, without the images."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
-        raise BadRequestError(
-            f"content is a string or a list of parts, got {str(content)[:80]}", param="messages"
-        )
+        raise BadRequestError(f"content is a string or a list of parts, got {str(content)[:80]}", param=param)
     texts = [part if isinstance(part, str) else _part(part) for part in content]
     return "\n".join(text for text in texts if text is not None)
 

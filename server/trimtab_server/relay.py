@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import ExitStack
+from http import HTTPStatus
 from typing import Any, BinaryIO, TypeVar
 
 from fastapi import Request
@@ -13,7 +14,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from trimtab_server.errors import CLIENT_CLOSED_REQUEST, ApiError, body_for
+from trimtab_server.errors import CLIENT_CLOSED_REQUEST, ApiError, body_for, is_anthropic, translated
 from trimtab_server.exchange import exchange_of
 from trimtab_server.renaming import EventRenaming, event_paths, rename
 from trimtab_server.upstream import Answer, Call
@@ -89,21 +90,28 @@ async def _answered(
 ) -> Response:
     """Return the worker's answer; `held` is given back when it has been passed on."""
     exchange = exchange_of(request)
+    path = request.scope["path"]
     names = None if exchange.alias is None else (model.name, exchange.alias)
-    call = call_of(request, body, uncompressed=names is not None)
+    call = call_of(request, body, uncompressed=names is not None or is_anthropic(path))
     answer = await model.send(call, exchange.request_id)
     if held is not None:
         answer.held.push(held.pop_all())
     is_renamed = names is not None and answer.is_json
-    if not answer.has_length and not is_renamed:
+    is_translated = is_anthropic(path) and answer.is_json and answer.status >= HTTPStatus.BAD_REQUEST
+    if not answer.has_length and not (is_renamed or is_translated):
         return _Relayed(answer, request, names, extra_headers)
     try:
         content = await answer.read()
     finally:
         answer.close()
     headers = answer.headers
-    if names is not None and is_renamed:
+    if (
+        is_translated
+    ):  # vLLM's own errors there have OpenAI's shape, or kinds that Anthropic's API does not have
+        content = translated(path, exchange.request_id, answer.status, content)
+    elif names is not None and is_renamed:
         content = rename(content, *names)
+    if is_renamed or is_translated:
         headers = [*_without_length(headers), (b"content-length", str(len(content)).encode())]
     response = Response(content, answer.status)
     response.raw_headers = [*headers, *extra_headers]

@@ -146,5 +146,5 @@ def _validated(value: dict[str, Any], param: str) -> Selection:
         elif fault["type"] == "missing":
             message = f"{place}: {fault['msg']}"
         else:
-            message = f"{place}: {fault['msg']}, got {str(fault['input'])[:80]}"
+            message = f"{place}: {fault['msg']}, got {fault['input']!r:.80}"
         raise BadRequestError(message, param=place) from error

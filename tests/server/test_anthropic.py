@@ -96,6 +96,38 @@ def test_a_fault_of_the_gateways_own_has_the_shape(keyed, monkeypatch):
     assert caught.value.request_id == caught.value.body["request_id"]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {
+            "error": {
+                "message": "`max_tokens`: Field required",
+                "type": "Bad Request",
+                "param": None,
+                "code": 400,
+            }
+        },
+        {"type": "error", "error": {"type": "BadRequestError", "message": "`max_tokens`: Field required"}},
+    ],
+    ids=["OpenAI's shape", "a kind of vLLM's own"],
+)
+@pytest.mark.parametrize("model", ["m", "m:one"])
+def test_an_error_of_the_worker_s_has_the_shape(keyed, body, model):
+    with pytest.raises(anthropic.BadRequestError) as caught:
+        create(keyed, model=model, extra_body={"fake": {"refusal": {"status": 400, "body": body}}})
+    error = caught.value
+    assert error.body["error"] == {"type": "invalid_request_error", "message": "`max_tokens`: Field required"}
+    assert error.request_id == error.body["request_id"]
+    assert int(error.response.headers["content-length"]) == len(error.response.content)
+
+
+@pytest.mark.parametrize("body", [[1], {"detail": "no"}, {"error": "no"}, {"error": {"message": 1}}])
+def test_what_is_no_error_object_passes_as_it_is(keyed, body):
+    with pytest.raises(anthropic.APIStatusError) as caught:
+        create(keyed, extra_body={"fake": {"refusal": {"status": 529, "body": body}}})
+    assert (caught.value.status_code, caught.value.response.json()) == (529, body)
+
+
 def test_other_endpoints_keep_openais_shape(keyed):
     response = keyed.chat(model="m")
     assert keyed.error(response)["code"] == "invalid_api_key"

@@ -121,11 +121,11 @@ def test_true_means_the_only_control_where_there_is_no_default(start, pack):
         (
             {"name": "one", "routing": "straight"},
             "control.routing",
-            "should be 'pm-mined' or 'path', got straight",
+            "should be 'pm-mined' or 'path', got 'straight'",
         ),
         ({"name": "one", "strength": 10.01}, "control.strength", "less than or equal to 10"),
         ({"name": "one", "strength": -11}, "control.strength", "greater than or equal to -10"),
-        ({"name": "one", "strength": "1"}, "control.strength", "valid number"),
+        ({"name": "one", "strength": "1"}, "control.strength", "valid number, got '1'"),
         ({"name": "one", "strength": True}, "control.strength", "valid number"),
     ],
 )

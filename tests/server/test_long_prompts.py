@@ -56,6 +56,8 @@ def test_a_conversation_beyond_the_limit_is_refused_before_it_is_tokenized(
     response = two_models.client.post(path, json={"model": "plain", "control": "one", **payload})
     assert response.status_code == 413
     assert "limits.control_prompt_bytes" in response.text
+    param = {"/v1/responses": "input", "/v1/messages": None}.get(path, "messages")
+    assert response.json()["error"].get("param") == param
     assert two_models.asked("plain") == []
 
 
@@ -91,11 +93,11 @@ def test_a_long_prompt_holds_up_no_short_one_of_another_model(two_models, monkey
     going_on, tokenizing = threading.Event(), threading.Event()
     encode = Prompter.encode
 
-    def slowly(self, text, limit):
+    def slowly(self, text, limit, param):
         if len(text) > 100_000:
             tokenizing.set()
             assert going_on.wait(30)
-        return encode(self, text, limit)
+        return encode(self, text, limit, param)
 
     monkeypatch.setattr(Prompter, "encode", slowly)
     answers = []
