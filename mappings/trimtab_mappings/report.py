@@ -83,6 +83,10 @@ def print_report(report: Report) -> None:
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
+    def in_cell(cell: Cell) -> Text:
+        is_token = isinstance(cell, bytes)
+        return Text(_with_bar(cell), no_wrap=is_token, overflow="ellipsis" if is_token else None)
+
     console = Console(highlight=False)
     console.print(Text(report.title, style="bold"), soft_wrap=True)
     for name, value in report.facts.items():
@@ -97,12 +101,11 @@ def print_report(report: Report) -> None:
             number = all(
                 isinstance(cell, int | float | None) and not isinstance(cell, Share) for cell in cells
             )
-            token = any(isinstance(cell, bytes) for cell in cells)
-            table.add_column(
-                column, justify="right" if number else "left", no_wrap=token, overflow="ellipsis"
-            )
+            # Only tokens and texts give way where a terminal is narrow: half an id is none.
+            word = not any(isinstance(cell, bytes) or " " in show(cell) for cell in cells)
+            table.add_column(column, justify="right" if number else "left", no_wrap=word)
         for row in section.rows:
-            table.add_row(*(Text(_with_bar(cell)) for cell in row))
+            table.add_row(*(in_cell(cell) for cell in row))
         console.print(table)
         if section.note:
             console.print(Text(section.note, style="dim"), soft_wrap=True)

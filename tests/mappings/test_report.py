@@ -93,6 +93,18 @@ def test_the_terminal_shows_everything_and_takes_nothing_for_markup(capsys):
     ]
 
 
+def test_a_narrow_terminal_cuts_tokens_and_no_id(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    columns = ("token", "id", "kind", "control", "id", "distance", "uses")
+    row = (b"a" * 30, "#151,643", "extension", b"b" * 30, "#262,143", 12, 1_234_567)
+    print_report(Report("", sections=[Section("The worst rows", columns, [row] * 2)]))
+    lines = capsys.readouterr().out.splitlines()
+    assert [len(line) <= 80 for line in lines] == [True] * len(lines)
+    for line in lines[-2:]:
+        for cell in ("#151,643", "extension", "#262,143", "12", "1,234,567", '"aaaaaaa', "…"):
+            assert cell in line
+
+
 class Page(HTMLParser):
     """The text of a page, and whatever it would load."""
 
