@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 
+_LINES = 5
+
+
 class Report(Protocol):
     """Take note of how far a task is."""
 
@@ -45,11 +48,13 @@ class _Bars:
 
 
 class _Lines:
-    """A line when a task begins, and one when it is done."""
+    """A line when a task begins, one after each fifth of it, and one when it is done."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._began: dict[str, float] = {}
+        self._shown: dict[str, int] = {}
+        """Fifths that have been reported."""
 
     def __call__(self, task: str, done: int, total: int) -> None:
         if task not in self._began:
@@ -57,3 +62,6 @@ class _Lines:
             say(self._console, f"{task}: 0 of {total}")
         if done == total:
             say(self._console, f"{task}: done after {time.monotonic() - self._began[task]:.0f} s")
+        elif (fifths := done * _LINES // total) > self._shown.get(task, 0):
+            self._shown[task] = fifths
+            say(self._console, f"{task}: {done} of {total}")
