@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from trimtab_server.body import BodyReader
+from trimtab_server.body_reader import BodyReader
 from trimtab_server.controls import Catalogue
 from trimtab_server.errors import (
     ANTHROPIC_REQUEST_ID,

@@ -7,7 +7,8 @@ from typing import Annotated, Any, BinaryIO
 
 from fastapi import Depends, Request
 
-from trimtab_server.body import BodyReader, JsonObject, require_json
+from trimtab_server.body import JsonObject, require_json
+from trimtab_server.body_reader import BodyReader
 from trimtab_server.controls import Catalogue
 from trimtab_server.errors import BadRequestError, UnknownModelError
 from trimtab_server.exchange import SHOWN_BODY_BYTES, exchange_of

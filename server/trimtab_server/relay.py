@@ -14,10 +14,11 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from trimtab_server.call import Call
 from trimtab_server.errors import CLIENT_CLOSED_REQUEST, ApiError, body_for, is_anthropic, translated
 from trimtab_server.exchange import exchange_of
 from trimtab_server.renaming import EventRenaming, event_paths, rename
-from trimtab_server.upstream import Answer, Call
+from trimtab_server.upstream import Answer
 from trimtab_server.workers import Model
 
 Result = TypeVar("Result")

@@ -12,11 +12,12 @@ from enum import StrEnum
 from http import HTTPStatus
 from typing import Any
 
+from trimtab_server.call import Call
 from trimtab_server.errors import ApiError, WorkerUnavailableError
 from trimtab_server.liveness import HEALTH
 from trimtab_server.metrics import Metrics
 from trimtab_server.prompt_bound import prompt_bytes
-from trimtab_server.upstream import Answer, Call, Upstream
+from trimtab_server.upstream import Answer, Upstream
 
 logger = logging.getLogger(__name__)
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import aiohttp
 from yarl import URL
 
 from trimtab_processors.endpoints import ADMIN_KEY_HEADER
+from trimtab_server.call import Call, Headers
 from trimtab_server.errors import ApiError, WorkerFailedError, WorkerTimeoutError, WorkerUnavailableError
 from trimtab_server.selection import HEADER as CONTROL_HEADER
 from trimtab_server.settings import Timeouts
@@ -38,19 +36,7 @@ _NOT_RETURNED = _HOP_BY_HOP | {"date", "server", "x-request-id"}
 # that generates is not for repeating. Closing it is also how vLLM learns to abort.
 _CONNECTIONS: Mapping[str, Any] = {"limit": 0, "force_close": True}
 
-Headers = Sequence[tuple[bytes, bytes]]
 _Translate = Callable[[Exception], ApiError]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One request to a worker; `target` is the path and the query as the client wrote them."""
-
-    method: str
-    target: str
-    headers: Headers
-    body: bytes | BinaryIO
-    """A file can be sent more than once, each time from its beginning."""
 
 
 class SocketAddress:
@@ -135,7 +121,7 @@ class Upstream:
             WorkerFailedError: the connection broke.
             WorkerTimeoutError: the worker fell silent.
         """
-        body = _opened(call.body)
+        body = call.open_body()
         try:
             response = await self._session.request(
                 call.method,
@@ -301,18 +287,6 @@ class Answer:
         """Let go of the connection; vLLM aborts a request that has not ended. More than once does no harm."""
         self._response.close()
         self.held.close()
-
-
-def _opened(body: bytes | BinaryIO) -> BinaryIO | None:
-    """Open a body: from a file, aiohttp sends it in pieces, between which other requests go on.
-
-    aiohttp closes what it has sent, so it gets a file of its own.
-    """
-    if isinstance(body, bytes):
-        return io.BytesIO(body) if body else None
-    file = os.fdopen(os.dup(body.fileno()), "rb")
-    file.seek(0)
-    return file
 
 
 def _forwarded(headers: Headers, dropped: frozenset[str]) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
 
+from trimtab_server.call import Call
 from trimtab_server.errors import WorkerUnavailableError
 from trimtab_server.local import LocalWorker
 from trimtab_server.metrics import Metrics
@@ -23,7 +24,7 @@ from trimtab_server.remote import RemoteWorker
 from trimtab_server.replicas import OnReady, State, Worker, WorkerId
 from trimtab_server.settings import Settings, SettingsError
 from trimtab_server.turnstile import Turnstile
-from trimtab_server.upstream import Answer, Call, RemoteAddress, Upstream
+from trimtab_server.upstream import Answer, RemoteAddress, Upstream
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from trimtab_server import body
+from trimtab_server import body_reader
 from trimtab_server.preparing import Preparer
 from trimtab_server.prompts import Prompter
 
@@ -166,7 +166,7 @@ def test_bodies_beyond_the_room_for_them_wait_until_others_have_their_answers(st
 
 
 def test_a_body_for_which_there_is_no_room_is_503_after_a_while(start, monkeypatch):
-    monkeypatch.setattr(body, "_ROOM_SECONDS", 0.2)
+    monkeypatch.setattr(body_reader, "_ROOM_SECONDS", 0.2)
     gateway = start(limits={"body_bytes": 2**20, "body_bytes_total": 2**20})
     slow = json.dumps({"model": "m", "prompt": "x" * 700_000, "fake": {"delay": 3}})
     holding = threading.Thread(target=gateway.post, args=(slow, "/v1/completions"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -13,6 +14,7 @@ import httpx
 import pytest
 
 from served import served
+from trimtab_server.call import Call
 
 MIB = 2**20
 UPLOAD = 30 * MIB
@@ -66,6 +68,16 @@ def test_four_uploads_at_once_take_no_memory(gateway):
     assert [answer.json() for answer in answers] == [expected] * 4
     assert memory(pid, "VmHWM") - before < 16 * MIB
     assert gateway.leftovers == [path for path in gateway.leftovers if path.is_dir()]
+
+
+def test_a_file_can_be_sent_again_after_a_worker_that_took_no_connection():
+    with tempfile.TemporaryFile() as file:
+        file.write(b"a form")
+        file.flush()
+        call = Call("POST", PATH, [], file)
+        for _ in range(2):
+            with call.open_body() as body:
+                assert body.read() == b"a form"
 
 
 def test_an_alias_behind_a_large_file_is_resolved_and_nothing_else_changes(gateway):
