@@ -2,8 +2,9 @@
 
 The package's recipes `capitals`, `name` and `short-answers`, trained beside SmolLM2 with several seeds, and
 asked on SmolLM2, Qwen2.5-Coder and Gemma 3 at several strengths, with both routings. Beside it stands what a
-user would do instead: the same instruction as a system prompt. With `--served` the gateway is asked too, on a
-real engine for each model, and its greedy answers are compared with the evaluator's, character by character.
+user would do instead: the same instruction as a system prompt and, with `--lora`, a LoRA of each target on
+the same data. With `--served` the gateway is asked too, on a real engine for each model, and its greedy
+answers are compared with the evaluator's, character by character.
 
 Controls and answers are kept: a second call trains and asks only what is missing.
 """
@@ -44,7 +45,8 @@ BASE_MODELS = {
     "{% else %}{{ ' ' + message['content'] + '\n' }}{% endif %}{% endfor %}"
 }
 """Chat templates of models that have none."""
-ALONE, PROMPTED, SERVED = "control", "system-prompt", "served"
+ALONE, PROMPTED, ADAPTED, SERVED = "control", "system-prompt", "lora", "served"
+LORA = Path(__file__).resolve().with_name("lora.py")
 
 Cells = list[dict[str, Any]]
 
@@ -85,6 +87,22 @@ class Experiment:
         without = ("--control=null", "--strengths=[0]", "--routings=[path]", prompt)
         return self._evaluate(target, PROMPTED, *self._offline(target), *without)
 
+    def ask_adapted(self, target: str) -> Cells:
+        """Ask a target with a LoRA of its own that is trained on the task's data, and no control."""
+        adapted = self.adapted(target)
+        if not (adapted / "lora.json").is_file():
+            words = [str(LORA), "recipe.yaml", str(adapted), f"--seed={self.seed}"]
+            template = [f"--template.model_name_or_path={self.models[target]}"]
+            if chat := BASE_MODELS.get(target):
+                template += [f"--chat_template={json.dumps(chat)}"]
+            self._run([*words, *template])
+        options = (*self._offline(target), "--control=null", "--strengths=[0]", "--routings=[path]")
+        return self._evaluate(target, ADAPTED, *options, f"--target.model_name_or_path={adapted}")
+
+    def adapted(self, target: str) -> Path:
+        """The directory of a target with its LoRA merged."""
+        return self.directory / f"lora-{target}"
+
     def ask_served(self, target: str, running: Gateway) -> float:
         """The share of a gateway's answers that are the evaluator's, to the last character."""
         options = (f"--gateway={running.url}/v1", f"--control={CONTROL}", "--strengths=[0, 1]")
@@ -120,8 +138,10 @@ class Experiment:
 
     def _trimtab(self, command: str, *options: str) -> None:
         recipe = {"train": "recipe.yaml", "eval": "evaluation.yaml"}[command]
-        words = [sys.executable, "-m", "trimtab_server", command, recipe, *options]
-        subprocess.run(words, cwd=self.directory, check=True)
+        self._run(["-m", "trimtab_server", command, recipe, *options])
+
+    def _run(self, words: Sequence[str]) -> None:
+        subprocess.run([sys.executable, *words], cwd=self.directory, check=True)
 
 
 def _stop(target: str) -> list[str]:
@@ -141,6 +161,9 @@ def main(
     target: Annotated[list[str], typer.Option()] = [*TARGETS],
     kept: Annotated[Path, typer.Option(help="Where controls and answers are kept.")] = KEPT,
     *,
+    lora: Annotated[
+        bool, typer.Option(help="Train a LoRA of each target, too, with the first seed.")
+    ] = False,
     served: Annotated[bool, typer.Option(help="Ask a gateway with real engines, too.")] = False,
 ) -> None:
     """Train, ask, and print the table."""
@@ -152,9 +175,14 @@ def main(
         experiment.train()
     controlled = {(e.task, e.seed, name): e.ask(name) for e, name in product(experiments, target)}
     first = [each for each in experiments if each.seed == seed[0]]
-    prompted = {(e.task, name): e.ask_prompted(name) for e, name in product(first, target)}
+    beside = {"system prompt": {(e.task, name): e.ask_prompted(name) for e, name in product(first, target)}}
+    if lora:
+        beside["LoRA"] = {(e.task, name): e.ask_adapted(name) for e, name in product(first, target)}
     for name in task:
-        print_table(name, seed, target, controlled, prompted)
+        print_table(name, seed, target, controlled, beside)
+    for experiment, name in product(first if lora else [], target):
+        facts = json.loads((experiment.adapted(name) / "lora.json").read_bytes())
+        print(f"{experiment.task}, {name}: LoRA trained in {facts['seconds']:.0f} s")
     for experiment in experiments:
         print(f"{experiment.task}, seed {experiment.seed}: trained in {experiment.seconds():.0f} s")
         if served:
@@ -166,21 +194,22 @@ def print_table(
     seeds: Sequence[int],
     targets: Sequence[str],
     controlled: Mapping[tuple[str, int, str], Cells],
-    prompted: Mapping[tuple[str, str], Cells],
+    beside: Mapping[str, Mapping[tuple[str, str], Cells]],
 ) -> None:
     """A Markdown table: medians over the seeds, the lowest and the highest in brackets."""
     print(f"\n### {task}\n")
     header: list[str] = []
     for target in targets:
         cells = [{_key(cell): cell["mean"] for cell in controlled[task, seed, target]} for seed in seeds]
-        plain = {_question(cell): cell["mean"] for cell in prompted[task, target]}
+        others = [{_question(cell): cell["mean"] for cell in each[task, target]} for each in beside.values()]
         settings = list(dict.fromkeys(key[2:] for key in cells[0]))
         if not header:
-            header = ["target", "questions", "score", *(_name(*each) for each in settings), "system prompt"]
+            header = ["target", "questions", "score", *(_name(*each) for each in settings), *beside]
             print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
         for group, score in dict.fromkeys(key[:2] for key in cells[0]):
             values = [_spread([each[group, score, *setting] for each in cells]) for setting in settings]
-            print(f"| {target} | {group} | {score} | {' | '.join(values)} | {plain[group, score]:.2f} |")
+            values += [f"{each[group, score]:.2f}" for each in others]
+            print(f"| {target} | {group} | {score} | {' | '.join(values)} |")
 
 
 def _key(cell: Mapping[str, Any]) -> tuple[Any, ...]:
