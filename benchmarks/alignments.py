@@ -30,7 +30,7 @@ from torch.nn.functional import log_softmax
 
 from prose import Occurring, beginning, cut
 from scores import encoder_of
-from trimtab_mappings import ByteEncoder, Vocabulary, build_table, load_encoder, load_vocabulary
+from trimtab_mappings import ByteEncoder, build_table, load_encoder
 from trimtab_mappings.texts import read_texts
 from trimtab_processors.alignment import Aligner, Alignment
 from trimtab_processors.routing import PmMined
@@ -80,10 +80,10 @@ class Segmented:
 class Pair:
     """A target and a control's tokenizer."""
 
-    def __init__(self, target: Vocabulary, encoder: ByteEncoder) -> None:
+    def __init__(self, target: ByteEncoder, encoder: ByteEncoder) -> None:
         self.table = build_table(target, encoder)
-        self.aligner = Aligner(target, encoder, self.table)
-        self._segments = Segments(self.table, target, torch.device("cpu"))
+        self.aligner = Aligner(target.vocabulary, encoder, self.table)
+        self._segments = Segments(self.table, target.vocabulary, torch.device("cpu"))
 
     def contexts(self, prompt: Sequence[int]) -> dict[str, Context]:
         """One for each of `MODES`, in that order."""
@@ -174,7 +174,7 @@ class Answering:
 
     def __init__(self, target: Path, control: Path) -> None:
         self._target, self._control = load(target), load(control)
-        self._pair = Pair(load_vocabulary(str(target)), load_encoder(str(control)))
+        self._pair = Pair(load_encoder(str(target)), load_encoder(str(control)))
         self._routing = PmMined(self._pair.table.mapping, self._target.model.config.vocab_size)
         self._eos = self._target.tokenizer.eos_token_id
 
@@ -284,7 +284,7 @@ def on_prose(
 
 def walk(target: ByteEncoder, control: ByteEncoder, texts: list[str]) -> Walk:
     """Read `texts` as a target would generate them, each after its first `PROMPT` tokens."""
-    pair = Pair(target.vocabulary, control)
+    pair = Pair(target, control)
     contexts: dict[str, list[list[int]]] = {mode: [] for mode in MODES}
     tokens, others = 0, []
     for text in texts:

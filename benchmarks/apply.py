@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from trimtab_mappings import ByteEncoder, MappingTable, Vocabulary, build_table, load_encoder, load_vocabulary
+from trimtab_mappings import ByteEncoder, MappingTable, build_table, load_encoder
 from trimtab_processors.path_routing import PathRouting, Spellings
+from trimtab_processors.pieces import Pieces
 from trimtab_processors.routing import PmMined, Routing
 from trimtab_processors.shift import add_shift
 from vocabularies import real
@@ -46,7 +47,9 @@ def main(
 ) -> None:
     """Time `apply`."""
     torch.set_num_threads(1)
-    table = Table("columns", "nodes", "batch", "pm-mined ms", "path ms", "largest ms", "path / pm-mined")
+    table = Table(
+        "columns", "nodes", "batch", "pm-mined ms", "path ms", "pieces ms", "largest ms", "path / pm-mined"
+    )
     results = []
     with tempfile.TemporaryDirectory() as directory:
         target, control = load(Path(directory))
@@ -63,18 +66,20 @@ def main(
     print(json.dumps({"benchmark": "apply", "device": device, "results": results}))
 
 
-def load(directory: Path) -> tuple[Vocabulary, ByteEncoder]:
-    """The tokens of tekken, and the tokenizer of Mistral v1."""
+def load(directory: Path) -> tuple[ByteEncoder, ByteEncoder]:
+    """The tokenizers of tekken and of Mistral v1."""
     for name in ("tekken", "mistral-v1"):
         real(name, directory).save_pretrained(directory / "saved" / name)
     saved = directory / "saved"
-    return load_vocabulary(str(saved / "tekken")), load_encoder(str(saved / "mistral-v1"))
+    return load_encoder(str(saved / "tekken")), load_encoder(str(saved / "mistral-v1"))
 
 
-def grown(vocabulary: Vocabulary, size: int) -> Vocabulary:
-    """The first `size` tokens, and where they are fewer, some of them with an ending."""
-    endings = (token + b"ish" for token in reversed(vocabulary.tokens))
-    return dataclasses.replace(vocabulary, tokens=tuple(islice(chain(vocabulary.tokens, endings), size)))
+def grown(target: ByteEncoder, size: int) -> ByteEncoder:
+    """A tokenizer with `size` tokens at least: where it has fewer, some of them with an ending."""
+    tokens = target.vocabulary.tokens
+    endings = (token + b"ish" for token in reversed(tokens))
+    longer = (*tokens, *islice(endings, max(0, size - len(tokens))))
+    return ByteEncoder(target.tokenizer, dataclasses.replace(target.vocabulary, tokens=longer))
 
 
 def measure(
@@ -95,10 +100,12 @@ def measure(
         return median_ms(lambda: add_shift(logits, places, shift.over(logits, places)), rounds, device)
 
     path = PathRouting(spellings)
+    pieces = PathRouting(spellings, pieces=Pieces(spelled, width, device=device))
     pm_mined = PmMined(spelled.mapping, width, device=device)
     return {
         "pm_mined_ms": timed(pm_mined, rows),
         "path_ms": timed(path, rows),
+        "pieces_ms": timed(pieces, rows),
         "largest_ms": timed(path, to_largest),
     }
 

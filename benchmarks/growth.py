@@ -29,7 +29,7 @@ from rich.table import Table
 
 from chart import line_chart
 from models import make_model
-from trimtab_mappings import cached_table, load_encoder, load_vocabulary
+from trimtab_mappings import cached_table, load_encoder
 from trimtab_mappings.texts import read_texts
 from trimtab_processors.control import Target
 from trimtab_processors.parameters import Parameters
@@ -105,16 +105,16 @@ def make_runtimes(directory: Path, shape: str) -> dict[str, Runtime]:
     make_model(directory / "control", shape, own)
     runtimes = {}
     for name, target in TARGETS.items():
-        vocabulary = load_vocabulary(str(directory / target))
-        beside = Target(name, vocabulary, len(vocabulary), torch.device("cpu"))
+        encoder = load_encoder(str(directory / target))
+        beside = Target(name, encoder, len(encoder.vocabulary), torch.device("cpu"))
         runtimes[name] = Runtime(beside, {"c": str(directory / "control")}, tables=directory)
     return runtimes
 
 
 def exact_tokens(directory: Path, target: str) -> list[bool]:
     """Which of the target's tokens are the control's too."""
-    vocabulary, encoder = load_vocabulary(str(directory / target)), load_encoder(str(directory / "control"))
-    exact: list[bool] = cached_table(vocabulary, encoder, directory).exact.tolist()
+    served, control = (load_encoder(str(directory / name)) for name in (target, "control"))
+    exact: list[bool] = cached_table(served, control, directory).exact.tolist()
     return exact
 
 

@@ -109,6 +109,7 @@ def measure(directory: Path, target_name: str, control_name: str, rounds: int, s
     tokenizers = [load(directory / f"{name}.json") for name in names]
     start = time.process_time()
     target, *others = map(read_vocabulary, tokenizers)
+    served = ByteEncoder(tokenizers[0], target)
     encoder = ByteEncoder(tokenizers[1], others[0]) if others else None
     read_s = time.process_time() - start
     tokens = encoder.vocabulary.tokens if encoder else estranged(target.tokens)
@@ -117,8 +118,8 @@ def measure(directory: Path, target_name: str, control_name: str, rounds: int, s
     times = {"nearest_s": timed(lambda: nearest(missing, index), rounds), "build_s": None, "load_s": None}
     if encoder:
         path = directory / "table.safetensors"
-        build_table(target, encoder).save(path)
-        times["build_s"] = timed(lambda: build_table(target, encoder), rounds)
+        build_table(served, encoder).save(path)
+        times["build_s"] = timed(lambda: build_table(served, encoder), rounds)
         times["load_s"] = timed(lambda: MappingTable.load(path), rounds)
     return {
         "target_tokens": len(target),

@@ -17,7 +17,7 @@ import torch
 from models import Models
 from reference_decoding import CachedModel, ReferenceDecoder
 from serving import SETTLE_SECONDS, Cores, Load, Server, on_core
-from trimtab_mappings import build_table, load_encoder, load_vocabulary
+from trimtab_mappings import build_table, load_encoder
 from trimtab_processors.model import CachedSequence, ControlModel
 
 WITHOUT, SERIES, BESIDE = "without", "series", "beside"
@@ -209,13 +209,13 @@ class Bench:
 
 def make_references(models: Models) -> dict[str, ReferenceDecoder]:
     """The reference under each control, with one target for all."""
-    vocabulary = load_vocabulary(str(models.target))
+    served = load_encoder(str(models.target))
     target = CachedModel(str(models.target))
     references = {}
     for name, path in models.controls.items():
         encoder = load_encoder(str(path))
-        table = build_table(vocabulary, encoder)
-        references[name] = ReferenceDecoder(target, CachedModel(str(path)), vocabulary, encoder, table)
+        table = build_table(served, encoder)
+        references[name] = ReferenceDecoder(target, CachedModel(str(path)), served.vocabulary, encoder, table)
     return references
 
 

@@ -137,7 +137,7 @@ class Comparison:
         self._bytes = sum(len(text.encode()) for text in texts)
         every = known + taught + texts
         occurring = Occurring(target, every)
-        table = build_table(target.vocabulary, control)
+        table = build_table(target, control)
         # what stands for the target's tokens must have ids as well
         pieces = {int(piece) for token in occurring.tokens for piece in table.segment(token)}
         spelled = Occurring(control, every, pieces)
@@ -176,14 +176,14 @@ class Comparison:
         """The target without the control, and with it under `routing`."""
         strategy, name = ROUTINGS[routing]
         target, control = self._target.encoder, self._template.encoder
-        table = build_table(target.vocabulary, control, strategy)
+        table = build_table(target, control, strategy)
         aligner = Aligner(target.vocabulary, control, table)
         route = make_routing(name, table, len(target.vocabulary.tokens))
         losses = dict.fromkeys((0.0, *STRENGTHS), 0.0)
         for view in self._target.views(self._texts):
             own = [self._target.vocabulary.tokens[token] for token in view.targets]
             logits = self._target.spread(self._target.logits(view), NEVER)
-            contexts = [*contexts_before(aligner, [beginning(control)], own)]
+            contexts = [*contexts_before(aligner, [beginning(control)], own, route)]
             for strength in losses:
                 shift = shift_of(route, self._control.shifts, contexts, logits, strength) if strength else 0
                 losses[strength] += total(logits + shift, torch.tensor(own))

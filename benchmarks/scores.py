@@ -51,7 +51,7 @@ def main(
     for each in pair:
         target, control = (encoders[name] for name in each.split(":"))
         meetings = find_meetings(target, control, texts)
-        built = [build_table(target.vocabulary, control, name) for name in STRATEGIES]
+        built = [build_table(target, control, name) for name in STRATEGIES]
         scores = [score(one, meetings) for one in built]
         pieces = summarize(built[0], count_tokens(built[0], target, control, texts)).control_in_pieces
         in_pieces, by_use = (part / whole for part, whole in (pieces.tokens, pieces.uses or (0, 1)))

@@ -102,30 +102,18 @@ class Step:
     """How far the best logit is above the second."""
 
 
-class Reference:
-    """One target under one control; `strength` 0 is the target alone."""
+class Texts:
+    """What a model's tokenizer makes of bytes, without special tokens and added spaces."""
 
-    def __init__(
-        self,
-        target: Model,
-        control: Model,
-        *,
-        parts: Sequence[tuple[Model, float]] | None = None,
-        window: int = 10**9,
-    ) -> None:
-        self.target, self.control = target, control
-        self.parts = parts or [(control, 1.0)]
-        self.window = window
-        self.neutral = True
-        self.mapping = pm_mined(target, control)
-        self.plain = Tokenizer.from_str(control.tokenizer.backend_tokenizer.to_str())
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.plain = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
         if isinstance(self.plain.pre_tokenizer, Metaspace):
             self.plain.pre_tokenizer = Metaspace(prepend_scheme="never")  # no space that is not in the text
-        self.spelled = {data: i for i, data in reversed(control.pieces)}
+        self.spelled = {data: i for i, data in reversed(model.pieces)}
 
     def tokenize(self, data: bytes) -> list[int]:
-        """Text for the control: valid stretches as text, bytes that can't be text one by one, the unfinished
-        end later."""
+        """Valid stretches as text, bytes that can't be text one by one, the unfinished end later."""
         text = data.decode("utf-8", errors="surrogateescape")
         ids: list[int] = []
         for stretch in re.findall(r"[\udc80-\udcff]|[^\udc80-\udcff]+", text):
@@ -142,7 +130,7 @@ class Reference:
         return self.plain.encode(text, add_special_tokens=False).ids
 
     def can_spell(self, text: str) -> bool:
-        return self.control.tokenizer.unk_token_id not in self.encode(text)
+        return self.model.tokenizer.unk_token_id not in self.encode(text)
 
     def spell(self, text: str) -> list[int]:
         """The longest token that fits, again and again; the unknown token for a character without one."""
@@ -152,9 +140,28 @@ class Reference:
                 token = self.spelled.get(text[:end].encode("utf-8", errors="surrogateescape"))
                 if token is not None:
                     break
-            ids.append(self.control.tokenizer.unk_token_id if token is None else token)
+            ids.append(self.model.tokenizer.unk_token_id if token is None else token)
             text = text[end:]
         return ids
+
+
+class Reference:
+    """One target under one control; `strength` 0 is the target alone."""
+
+    def __init__(
+        self,
+        target: Model,
+        control: Model,
+        *,
+        parts: Sequence[tuple[Model, float]] | None = None,
+        window: int = 10**9,
+    ) -> None:
+        self.target, self.control = target, control
+        self.parts = parts or [(control, 1.0)]
+        self.window = window
+        self.neutral = True
+        self.mapping = pm_mined(target, control)
+        self.texts = Texts(control)
 
     def contexts(self, generated: list[int]) -> Iterator[list[int]]:
         """The control's tokens for nothing, for the first generated token, for the first two, and so on."""
@@ -162,10 +169,10 @@ class Reference:
         run: list[int] = []
         text, waiting = b"", b""
         yield []
-        for token in generated:
+        for place, token in enumerate(generated):
             data = self.target.bytes[token] if token < len(self.target.bytes) else b""
             if data is None:
-                done += run if not waiting else self.tokenize(text)
+                done += run if not waiting else self.texts.tokenize(text)
                 done += [self.mapping[token]] if self.mapping[token] >= 0 else []
                 run, text, waiting = [], b"", b""
             elif token < len(self.target.bytes):
@@ -174,12 +181,17 @@ class Reference:
                     not waiting
                     and self.mapping[token] >= 0
                     and self.control.bytes[self.mapping[token]] == data
+                    and not self.goes_on(generated[:place], token)
                 ):
                     run = [*run, self.mapping[token]]
                 else:
                     waiting = unfinished(text)
-                    run = self.tokenize(text[: len(text) - len(waiting)])
+                    run = self.texts.tokenize(text[: len(text) - len(waiting)])
             yield done + run
+
+    def goes_on(self, generated: list[int], token: int) -> bool:
+        """Whether a token is the next piece of what is taken in as a whole."""
+        return False
 
     def cut(self, context: list[int]) -> list[int]:
         """What fits into the window: the beginning of a text, where there is one, and the most recent tokens,
@@ -203,6 +215,12 @@ class Reference:
         """What is added to the target's `logits`."""
         return strength * self.routed(self.row(self.cut(context)), self.mapping)
 
+    def shift_after(
+        self, generated: list[int], contexts: list[list[int]], strength: float, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """What is added after `generated`; `contexts` are the control's for it and everything before it."""
+        return self.shift(contexts[len(generated)], strength, logits)
+
     def logits(
         self,
         prompt: list[int],
@@ -216,11 +234,12 @@ class Reference:
         """The controlled logits before each token of `forced`, of which only the `top_k` likeliest are
         shifted, where it says so. `seen` makes of the target's logits, and what it said so far, those that
         the control sees."""
-        for position, context in enumerate(islice(self.contexts(forced), len(forced))):
+        contexts = [own_prompt + context for context in islice(self.contexts(forced), len(forced))]
+        for position in range(len(forced)):
             logits = self.target.logits(prompt + forced[:position])
             logits = seen(logits, forced[:position])
             if strength:
-                shift = self.shift(own_prompt + context, strength, logits)
+                shift = self.shift_after(forced[:position], contexts, strength, logits)
                 if top_k:
                     likely = logits >= logits.sort(descending=True).values[top_k - 1]
                     shift = torch.where(likely, shift, 0.0)
@@ -262,7 +281,7 @@ class PathReference(Reference):
         found = {}
         for token, (data, near) in enumerate(zip(self.target.bytes, self.mapping, strict=True)):
             if data and near >= 0 and len(self.control.bytes[near]) <= len(data):
-                pieces = (near,) if self.control.bytes[near] == data else tuple(self.tokenize(data))
+                pieces = (near,) if self.control.bytes[near] == data else tuple(self.texts.tokenize(data))
                 texts = [self.control.bytes[piece] for piece in pieces]
                 if None not in texts and not (texts[0] == b" " and data.strip(b" ")):
                     found[token] = pieces
@@ -298,6 +317,7 @@ class PathReference(Reference):
         row = self.row(context)
         firsts = [self.spellings.get(token, [near])[0] for token, near in enumerate(self.mapping)]
         shift = strength * self.routed(row, firsts)
+        shift = self.firsts(shift, strength * row)
         reached = {node: float(row[node[0]]) for node in self.nodes if not self.above(node)}
         for _ in range(self.depth):
             for node in sorted(reached, key=lambda node: -reached[node])[: self.beam]:
@@ -305,6 +325,10 @@ class PathReference(Reference):
                 shift = shift + self.decision(node, strength * row, logits)
                 below = [other for other in self.nodes if self.above(other) == node]
                 reached |= {other: sum_ + float(row[other[len(node)]]) for other in below}
+        return shift
+
+    def firsts(self, shift: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
+        """The shift before any node decides, for the control's row, scaled."""
         return shift
 
     def decision(self, node: Spelling, scaled: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -319,6 +343,97 @@ class PathReference(Reference):
         added = torch.zeros_like(logits)
         added[tokens] = (values - z.log()).float()
         return added
+
+
+class PiecesReference(PathReference):
+    """The same with the routing `pieces`.
+
+    Control tokens that the target lacks are spelled in its tokens. The first piece of some gets the mean over
+    them; while a spelling is pending, what goes on with it gets the mean over what is left, in the row before
+    it, and what ends it shares what the control's own end there gets.
+    """
+
+    @cached_property
+    def own(self) -> dict[Spelling, list[int]]:
+        """Of the beginnings of control tokens' spellings in target tokens, how the control says the text."""
+        known, theirs, found = {*filter(None, self.target.bytes)}, Texts(self.target), {}
+        for data in self.texts.spelled:
+            pieces = tuple(theirs.tokenize(data)) if data not in known else ()
+            if len(pieces) > 1 and self.said(pieces) == data:
+                found |= {
+                    pieces[:length]: self.whole(pieces[:length]) for length in range(1, len(pieces) + 1)
+                }
+        return found
+
+    def said(self, pieces: Spelling) -> bytes:
+        return b"".join(self.target.bytes[piece] or b"" for piece in pieces)
+
+    def whole(self, pieces: Spelling) -> list[int]:
+        """The text of target tokens in control tokens, or nothing where the control can't say it."""
+        data = self.said(pieces)
+        if data in self.texts.spelled:
+            return [self.texts.spelled[data]]
+        tokens = self.texts.tokenize(data)
+        return tokens if b"".join(self.control.bytes[token] or b"" for token in tokens) == data else []
+
+    @cached_property
+    def ranks(self) -> dict[int, int]:
+        return {token: rank for rank, token in enumerate(sorted(self.texts.spelled.values()))}
+
+    def mean(self, node: Spelling, scaled: torch.Tensor) -> float:
+        """Of all that goes through a node of these spellings: the more likely a token, the more it counts."""
+        below = [own for other, own in self.own.items() if own and other[: len(node)] == node]
+        weights = torch.tensor([1 / (max(self.ranks[i] for i in own) + 50) for own in below]).double()
+        return float((scaled[[own[0] for own in below]].double().exp() @ weights / weights.sum()).log())
+
+    def pending(self, generated: list[int]) -> tuple[Spelling, int]:
+        """What the last tokens are of some control token, and how many there were before."""
+        node, begun = (), 0
+        for place, token in enumerate(generated):
+            if not node or (*node, token) not in self.own:
+                node, begun = (), place
+            node = (*node, token) if (*node, token) in self.own else ()
+        goes_on = any(len(other) > len(node) and other[: len(node)] == node for other in self.own)
+        return (node, begun) if node and goes_on else ((), len(generated))
+
+    def goes_on(self, generated: list[int], token: int) -> bool:
+        node, _ = self.pending(generated)
+        return bool(node) and (*node, token) in self.own
+
+    def shift_after(
+        self, generated: list[int], contexts: list[list[int]], strength: float, logits: torch.Tensor
+    ) -> torch.Tensor:
+        shift = self.shift(contexts[len(generated)], strength, logits)
+        node, begun = self.pending(generated)
+        if not node:
+            return shift
+        return self.resumed(node, strength * self.row(self.cut(contexts[begun])), shift, logits)
+
+    def resumed(
+        self, node: Spelling, scaled: torch.Tensor, shift: torch.Tensor, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """The shift while a spelling is pending, with the row before it, and the shift if it ends there."""
+        nexts = {other[-1]: other for other in self.own if other[:-1] == node}
+        others = torch.ones(len(logits), dtype=torch.bool)
+        others[[*nexts]] = False
+        shares = logits.double().softmax(dim=0)[others]
+        z = (
+            (shares * shift[others].double().exp()).sum() / shares.sum()
+            if shares.any()
+            else torch.tensor(1.0)
+        )
+        mean, own = self.mean(node, scaled), self.own[node]
+        resumed = shift - float(z.log()) + (float(scaled[own[0]]) - mean if own else 0.0)
+        for token, other in nexts.items():
+            resumed[token] = self.mean(other, scaled) - mean
+        return resumed
+
+    def firsts(self, shift: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
+        shift = shift.clone()
+        for node in self.own:
+            if len(node) == 1:
+                shift[node[0]] = self.mean(node, scaled)
+        return shift
 
 
 def unfinished(data: bytes) -> bytes:

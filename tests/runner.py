@@ -231,7 +231,7 @@ class Segments:
 
     def __init__(self, target: Model, control: Model) -> None:
         self.reference = Reference(target, control)
-        self.bytes, self.spelled = target.bytes, self.reference.spelled
+        self.bytes, self.spelled = target.bytes, self.reference.texts.spelled
 
     def segment(self, token: int) -> list[int]:
         """One token's bytes in control tokens; a special token's counterpart."""
@@ -240,7 +240,7 @@ class Segments:
         data = self.bytes[token]
         if data is None:
             return [self.reference.mapping[token]] if self.reference.mapping[token] >= 0 else []
-        return [self.spelled[data]] if data in self.spelled else self.reference.tokenize(data)
+        return [self.spelled[data]] if data in self.spelled else self.reference.texts.tokenize(data)
 
     def context(self, prompt: list[int], own: list[int] | None, output: list[int]) -> list[int]:
         """The control's tokens: its own prompt or the target's, and what was generated."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trimtab_mappings.pieces import build_pieces
 from trimtab_mappings.special_tokens import counterparts
 from trimtab_mappings.strategies import DEFAULT, STRATEGIES
 from trimtab_mappings.table import MappingTable, TableError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def build_table(target: Vocabulary, control: ByteEncoder, strategy: str = DEFAULT) -> MappingTable:
+def build_table(target: ByteEncoder, control: ByteEncoder, strategy: str = DEFAULT) -> MappingTable:
     """Map `target`'s tokens to `control`'s.
 
     Tokens that the control has are mapped to themselves, special tokens by their role or name, byte tokens to
@@ -37,22 +38,22 @@ def build_table(target: Vocabulary, control: ByteEncoder, strategy: str = DEFAUL
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"no strategy {strategy!r}, there are: {', '.join(STRATEGIES)}")
-    own = control.vocabulary
+    theirs, own = target.vocabulary, control.vocabulary
     index = own.ids
-    missing = list(dict.fromkeys(token for token in target.tokens if token and token not in index))
+    missing = list(dict.fromkeys(token for token in theirs.tokens if token and token not in index))
     segments = dict(zip(missing, control.encode_all(missing), strict=True))
     by_bytes = {**STRATEGIES[strategy](segments, own), **index}
-    mapping = [by_bytes.get(token, -1) for token in target.tokens]
-    for token_id, control_id in chain(_byte_tokens(target, own), counterparts(target, own).items()):
+    mapping = [by_bytes.get(token, -1) for token in theirs.tokens]
+    for token_id, control_id in chain(_byte_tokens(theirs, own), counterparts(theirs, own).items()):
         mapping[token_id] = control_id
-    exact = [token in index for token in target.tokens]
+    exact = [token in index for token in theirs.tokens]
     pieces = [
         segments[token] if token in segments else [control_id] * (control_id >= 0)
-        for token, control_id in zip(target.tokens, mapping, strict=True)
+        for token, control_id in zip(theirs.tokens, mapping, strict=True)
     ]
     spellings = {
         token_id: pieces[token_id]
-        for token_id, token in enumerate(target.tokens)
+        for token_id, token in enumerate(theirs.tokens)
         if _has_path(token, mapping[token_id], pieces[token_id], own)
     }
     return MappingTable(
@@ -60,36 +61,38 @@ def build_table(target: Vocabulary, control: ByteEncoder, strategy: str = DEFAUL
         exact=np.array(exact, dtype=np.bool_),
         segment_offsets=_offsets(pieces),
         segment_ids=np.fromiter(chain.from_iterable(pieces), dtype=np.int32),
-        target_offsets=_offsets(target.tokens),
-        target_bytes=np.frombuffer(b"".join(target.tokens), dtype=np.uint8),
+        target_offsets=_offsets(theirs.tokens),
+        target_bytes=np.frombuffer(b"".join(theirs.tokens), dtype=np.uint8),
         control_offsets=_offsets(own.tokens),
         control_bytes=np.frombuffer(b"".join(own.tokens), dtype=np.uint8),
         trie=build_trie(spellings),
+        pieces=build_pieces(target, control),
         strategy=strategy,
-        target_name=target.name,
+        target_name=theirs.name,
         control_name=own.name,
-        target_fingerprint=target.fingerprint,
+        target_fingerprint=theirs.fingerprint,
         control_fingerprint=own.fingerprint,
-        target_special=target.names,
+        target_special=theirs.names,
         control_special=own.names,
     )
 
 
 def cached_table(
-    target: Vocabulary, control: ByteEncoder, directory: Path, strategy: str = DEFAULT
+    target: ByteEncoder, control: ByteEncoder, directory: Path, strategy: str = DEFAULT
 ) -> MappingTable:
     """Load the table for these two from `directory`; build and save it if it is missing or refused."""
-    names = (target.fingerprint[:16], control.vocabulary.fingerprint[:16], strategy)
+    served = target.vocabulary
+    names = (served.fingerprint[:16], control.vocabulary.fingerprint[:16], strategy)
     path = directory / f"{'-'.join(names)}.safetensors"
     if path.exists():
         try:
             table = MappingTable.load(path)
-            table.check(target, control.vocabulary)
+            table.check(served, control.vocabulary)
         except TableError as error:
             _log.warning("building the mapping table anew: %s", error)
         else:
             return table
-    for side, vocabulary in (("target", target), ("control", control.vocabulary)):
+    for side, vocabulary in (("target", served), ("control", control.vocabulary)):
         if warning := role_warning(vocabulary, side):
             _log.warning("%s", warning)
     table = build_table(target, control, strategy)

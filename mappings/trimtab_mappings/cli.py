@@ -61,13 +61,13 @@ def build(
     """Build the table that carries a control's shift into a target's vocabulary."""
     with _refusals():
         check_replaceable(output)
-        served, encoder = load_vocabulary(target), load_encoder(control)
+        served, encoder = load_encoder(target), load_encoder(control)
         start = time.perf_counter()
         table = build_table(served, encoder, strategy)
         seconds = time.perf_counter() - start
         table.save(output)
         title = f"{output}: {len(table.mapping)} rows in {seconds:.2f} s"
-        warnings = _warnings(served, encoder.vocabulary)
+        warnings = _warnings(served.vocabulary, encoder.vocabulary)
         report = Report(title, table_facts(table), [coverage_section(table.coverage)], warnings)
         result = {
             "output": str(output),
@@ -168,7 +168,7 @@ def score_(
         loaded.check(served.vocabulary, encoder.vocabulary)
         meetings = find_meetings(served, encoder, read_texts(text))
         others = [name for name in STRATEGIES if name != loaded.strategy]
-        tables = [loaded, *(build_table(served.vocabulary, encoder, name) for name in others)]
+        tables = [loaded, *(build_table(served, encoder, name) for name in others)]
         scores = [score(each, meetings) for each in tables]
         result = {
             "target_tokens": meetings.target_tokens,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from trimtab_mappings.pieces import PieceTrie
 from trimtab_mappings.table_file import (
     FORMAT,
     NAMES,
@@ -90,6 +91,8 @@ class MappingTable:
     """[sum of lengths]: the control's tokens; special tokens and unused ids are empty."""
     trie: Trie
     """Where the segments of the target's tokens part."""
+    pieces: PieceTrie
+    """How the target spells the control's tokens that it lacks."""
     strategy: str
     """How tokens that the control does not have were mapped: a key of `STRATEGIES`."""
     target_name: str
@@ -164,8 +167,9 @@ class MappingTable:
         from safetensors.numpy import save  # noqa: PLC0415 - only where it is used
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        trie = {f"trie_{column}": values for column, values in self.trie._asdict().items()}
-        tensors = trie | {key: getattr(self, key) for key in TENSORS if key not in trie}
+        tries = {f"trie_{column}": values for column, values in self.trie._asdict().items()}
+        tries |= {f"pieces_{column}": values for column, values in self.pieces._asdict().items()}
+        tensors = tries | {key: getattr(self, key) for key in TENSORS if key not in tries}
         texts = {key: getattr(self, key) for key in TEXTS}
         texts |= {key: encoded_names(getattr(self, key)) for key in NAMES}
         metadata = {"format": FORMAT, "version": str(VERSION), **texts, "sha256": checksum(tensors, texts)}
@@ -203,7 +207,8 @@ class MappingTable:
         if fault := changed or structure_fault(tensors):
             raise refusal(path, fault, rebuild_advice(path, texts))
         trie = Trie(*(tensors.pop(f"trie_{column}") for column in Trie._fields))
-        fields: dict[str, Any] = {**tensors, **texts, "trie": trie}
+        pieces = PieceTrie(*(tensors.pop(f"pieces_{column}") for column in PieceTrie._fields))
+        fields: dict[str, Any] = {**tensors, **texts, "trie": trie, "pieces": pieces}
         for key, rows in zip(NAMES, ("target_offsets", "control_offsets"), strict=True):
             fields[key] = decoded_names(texts[key], len(tensors[rows]) - 1)
             if fields[key] is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trimtab_mappings.pieces import PieceTrie, pieces_fault
 from trimtab_mappings.trie import Trie, trie_fault
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT = "trimtab-mapping"
-VERSION = 4
+VERSION = 5
 TENSORS = {
     "mapping": np.int32,
     "exact": np.bool_,
@@ -29,6 +30,8 @@ TENSORS = {
     "control_offsets": np.int32,
     "control_bytes": np.uint8,
     **{f"trie_{column}": np.int32 for column in Trie._fields},
+    **{f"pieces_{column}": np.int32 for column in PieceTrie._fields},
+    "pieces_weights": np.float32,
 }
 _RAGGED = {
     "segment_offsets": "segment_ids",
@@ -180,4 +183,6 @@ def structure_fault(tensors: Mapping[str, NDArray[Any]]) -> str | None:
         if len(ids) and not lowest <= ids.min() <= ids.max() < control_size:
             return f"{key} has ids from {ids.min()} to {ids.max()}, expected {lowest} to {control_size - 1}"
     trie = Trie(*(tensors[f"trie_{column}"] for column in Trie._fields))
-    return trie_fault(trie, np.diff(tensors["segment_offsets"]))
+    pieces = PieceTrie(*(tensors[f"pieces_{column}"] for column in PieceTrie._fields))
+    lengths = np.diff(tensors["segment_offsets"])
+    return trie_fault(trie, lengths) or pieces_fault(pieces, rows, control_size)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm.exceptions import VLLMValidationError
 
-from trimtab_mappings import load_vocabulary
+from trimtab_mappings import load_encoder
 from trimtab_processors import metrics
 from trimtab_processors.control import Target
 from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED
@@ -90,7 +90,7 @@ def served_target(vllm_config: VllmConfig, device: torch.device) -> Target:
     name = model.served_model_name
     return Target(
         name if isinstance(name, str) else name[0],
-        load_vocabulary(model.tokenizer, model.tokenizer_revision),
+        load_encoder(model.tokenizer, model.tokenizer_revision),
         model.get_vocab_size(),
         device,
     )

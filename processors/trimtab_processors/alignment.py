@@ -4,6 +4,10 @@ Mode `retokenize`, as in the reference implementation of cross-model control: a 
 are a control token is appended as that token; after any other token the generated text is tokenized anew.
 After every step the control's text is the target's text, but for an incomplete UTF-8 sequence at its end,
 which waits.
+
+Where a routing reads the control's tokens as spelled in the target's, a spelling may be *pending*: the last
+tokens of the target begin tokens of the control. What goes on with it is read off what the control said
+before them, and the text is tokenized anew, so that the whole token comes into the context.
 """
 
 from __future__ import annotations
@@ -12,11 +16,15 @@ import codecs
 from typing import TYPE_CHECKING, NamedTuple
 
 from trimtab_mappings import GrowingEncoding
+from trimtab_mappings.trie import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from trimtab_mappings import ByteEncoder, MappingTable, Vocabulary
+
+
+_NONE: Mapping[tuple[int, int], int] = {}
 
 
 class Aligner:
@@ -57,8 +65,16 @@ class Alignment:
     The text between two special tokens is a run; a run is tokenized by itself.
     """
 
-    def __init__(self, aligner: Aligner, prompt: Sequence[int]) -> None:
+    def __init__(
+        self, aligner: Aligner, prompt: Sequence[int], children: Mapping[tuple[int, int], int] = _NONE
+    ) -> None:
+        """Begin behind `prompt`, in control tokens. `children`: those of a routing."""
         self._aligner = aligner
+        self._children = children
+        self._taken = 0
+        self._node = ROOT
+        self.begun = 0
+        """How many target tokens there were before the spelling that is pending."""
         self.tokens = list(prompt)
         """The context, in control tokens."""
         self.counts = AlignmentCounts()
@@ -77,6 +93,11 @@ class Alignment:
         """How many bytes of an incomplete UTF-8 sequence wait at the end for the rest of it."""
         return incomplete_tail(self._run) if self._settled == len(self._run) else 0
 
+    @property
+    def pending(self) -> int | None:
+        """The node of the spelling that is pending, see `PieceTrie`; None where none is."""
+        return self._node if self._node >= 0 else None
+
     def extend(self, generated: Iterable[int]) -> int:
         """Take in target tokens, and bring `tokens` up to date.
 
@@ -85,18 +106,29 @@ class Alignment:
         """
         kept = len(self.tokens)
         for token in generated:
+            goes_on = self._follow(token)
             if token >= len(self._aligner.mapping):
                 continue
             if token in self._aligner.target.special:
                 kept = min(kept, self._end_run(token))
             else:
-                self._append(token)
+                self._append(token, goes_on=goes_on)
         return min(kept, self._settle())
 
-    def _append(self, token: int) -> None:
+    def _follow(self, token: int) -> bool:
+        """Follow the spellings of the control's tokens; whether `token` goes on with one."""
+        child = self._children.get((self._node, token)) if self._node >= 0 else None
+        goes_on = child is not None
+        if child is None:
+            child, self.begun = self._children.get((ROOT, token), ROOT), self._taken
+        self._node = child
+        self._taken += 1
+        return goes_on
+
+    def _append(self, token: int, *, goes_on: bool) -> None:
         waiting = self.waiting
         self._run += self._aligner.target.tokens[token]
-        exact = self._aligner.exact[token] and not waiting
+        exact = self._aligner.exact[token] and not waiting and not goes_on
         self._add(tokens=1, exact=int(exact))
         if exact:
             self._exact.append(self._aligner.mapping[token])

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trimtab_mappings import Vocabulary, cached_table, load_encoder, load_vocabulary
+from trimtab_mappings import ByteEncoder, Vocabulary, cached_table, load_encoder, load_vocabulary
 from trimtab_processors.alignment import Aligner
 from trimtab_processors.model import CachedSequence, ControlModel
-from trimtab_processors.pack import DEFAULT_ROUTING, PATH, PM_MINED, PackError, beam_of, load_pack
+from trimtab_processors.pack import DEFAULT_ROUTING, PackError, beam_of, load_pack
 from trimtab_processors.path_routing import PathRouting, Spellings
+from trimtab_processors.pieces import Pieces
 from trimtab_processors.routing import PmMined, Routing
 
 if TYPE_CHECKING:
@@ -32,10 +33,16 @@ class Target:
     """The model that is steered, as far as a control has to know it."""
 
     name: str
-    vocabulary: Vocabulary
+    encoder: ByteEncoder
+    """Its tokenizer."""
     width: int
     """The columns of its logits."""
     device: torch.device
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Its tokens."""
+        return self.encoder.vocabulary
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ class Control:
             )
             for component in pack.components
         ]
-        self.table = table = cached_table(target.vocabulary, encoder, tables)
+        self.table = table = cached_table(target.encoder, encoder, tables)
         self._require_logits()
         self.aligner = Aligner(target.vocabulary, encoder, table)
         self.max_context = min(part.model.max_context for part in self.parts)
@@ -108,8 +115,10 @@ class Control:
             neutral=neutral,
             device=target.device,
         )
-        beam = beam_of(PATH if self.default_routing == PM_MINED else self.default_routing)
+        beam = beam_of(self.default_routing)
+        pieces = Pieces(table, target.width, device=target.device)
         self._path = PathRouting(spellings, *beam)
+        self._pieces = PathRouting(spellings, *beam, pieces)
         self._beginning = [*vocabulary.roles.get("bos", ()), *vocabulary.roles.get("eos", ())]
 
     def _require_one_vocabulary(self, pack: Pack, vocabulary: Vocabulary) -> None:
@@ -121,7 +130,7 @@ class Control:
                 )
 
     def _require_logits(self) -> None:
-        used = (self.table.mapping, self.table.segment_ids)
+        used = (self.table.mapping, self.table.segment_ids, self.table.pieces.entries)
         if (highest := max(int(ids.max(initial=-1)) for ids in used)) >= self.vocab_size:
             raise PackError(
                 f"control {self.name!r}: its tokenizer has token {highest}, but its model only"
@@ -150,8 +159,13 @@ class Control:
 
     def routing_of(self, parameters: Parameters) -> Routing:
         """How the shift that a request gets reaches the target's tokens."""
-        name = parameters.routing or self.default_routing
-        return self.pm_mined if name == PM_MINED else self._path
+        match parameters.routing or self.default_routing:
+            case "pm-mined":
+                return self.pm_mined
+            case "pieces":
+                return self._pieces
+            case _:
+                return self._path
 
     def prompt(self, target_prompt: Sequence[int], own: Sequence[int] | None) -> list[int]:
         """The control's prompt: `own` where a client has rendered it, else the text of the target's prompt.

@@ -15,11 +15,11 @@ MANIFEST = "trimtab.json"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_STRENGTH = 10.0
 
-PM_MINED, PATH = "pm-mined", "path"
+PM_MINED, PATH, PIECES = "pm-mined", "path", "pieces"
 DEFAULT_ROUTING = PATH
 """Where nobody says which, but for vLLM's V2 model runner."""
 ONLY_PM_MINED = f"vLLM's V2 model runner has only {PM_MINED!r}: say so, or take its V1 model runner"
-ROUTING_PATTERN = r"^(pm-mined|path(-[1-4]x[1-4])?)$"
+ROUTING_PATTERN = r"^(pm-mined|pieces|path(-[1-4]x[1-4])?)$"
 """`path-2x3` expands 2 nodes in each of 3 rounds; `path`, 1 in 1."""
 
 RESERVED_NAMES = frozenset({"on", "off"})
@@ -34,12 +34,16 @@ def _not_reserved(name: str) -> str:
 
 def _known_routing(name: str) -> str:
     if not re.fullmatch(ROUTING_PATTERN, name):
-        raise ValueError(f"no routing {name[:80]!r}, there is: pm-mined, path, and path-1x1 to path-4x4")
+        raise ValueError(
+            f"no routing {name[:80]!r}, there is: pm-mined, path, pieces, and path-1x1 to path-4x4"
+        )
     return name
 
 
 def beam_of(routing: str) -> tuple[int, int]:
-    """The nodes that a path routing expands at once, and its rounds."""
+    """The nodes that a path routing expands at once, and its rounds; 1 each where the name has none."""
+    if routing in (PM_MINED, PIECES):
+        return 1, 1
     beam, _, depth = routing.removeprefix(PATH).removeprefix("-").partition("x")
     return int(beam or 1), int(depth or 1)
 
@@ -50,7 +54,7 @@ RoutingName = Annotated[
     str, AfterValidator(_known_routing), Field(json_schema_extra={"pattern": ROUTING_PATTERN})
 ]
 """How shifts reach the target's tokens, as packs and configurations say."""
-RequestRouting = Literal["pm-mined", "path"]
+RequestRouting = Literal["pm-mined", "path", "pieces"]
 """The same as requests say. How many nodes `path` expands, for which every request of a step has to wait, is
 not theirs to choose.
 """

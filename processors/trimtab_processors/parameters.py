@@ -56,7 +56,7 @@ def _listed(value: Any) -> Any:
 
 _AtMost = Field(min_length=1, max_length=MAX_CONTROLS)
 _Lengths = Annotated[StrictInt, Field(ge=_NO_PROMPT)]
-_Routings = Literal["pm-mined", "path", ""]
+_Routings = Literal["pm-mined", "path", "pieces", ""]
 _TopKs = Annotated[StrictInt, Field(ge=_NO_TOP_K, le=MAX_TOP_K)]
 
 

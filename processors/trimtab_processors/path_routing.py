@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trimtab_mappings import MappingTable
+    from trimtab_processors.pieces import Pending, Pieces, Waiting
     from trimtab_processors.routing import Further
 
 _UNUSED = ROOT - 1
@@ -134,19 +135,26 @@ class PathRouting:
     the nodes with the highest sums of shifts on the way to them.
     """
 
-    def __init__(self, spellings: Spellings, beam: int = 1, depth: int = 1) -> None:
+    def __init__(
+        self, spellings: Spellings, beam: int = 1, depth: int = 1, pieces: Pieces | None = None
+    ) -> None:
         """Expand `beam` nodes in each of `depth` rounds, for every request.
 
         Args:
-            spellings: the trie.
+            spellings: the trie of the target's tokens.
             beam: how many nodes a round expands.
             depth: how many rounds there are; one may expand what is below the nodes of those before.
+            pieces: the trie of the control's tokens that the target lacks; None: their pieces are target
+                tokens like all others.
         """
         self.lookahead = spellings.lookahead(depth)
-        self._spellings = spellings
+        self.children = pieces.children if pieces else {}
+        self._spellings, self._pieces = spellings, pieces
         self.beam, self.depth = beam, depth
 
-    def route(self, rows: Tensor, strengths: Tensor, further: Further) -> PathShift:
+    def route(
+        self, rows: Tensor, strengths: Tensor, further: Further, pending: Sequence[Pending] = ()
+    ) -> PathShift:
         nodes, expanded = self._spellings, []
         entered = rows.index_select(1, nodes.entries)
         sums = torch.where(nodes.parents == ROOT, entered, -torch.inf)
@@ -162,7 +170,12 @@ class PathRouting:
                     expanded.append((places, nodes.expand(chosen, more * strengths[places, None])))
                     if rest:
                         self._reach(sums, places, chosen, more)
-        return PathShift(*scaled(nodes.first.shift(rows), strengths), expanded)
+        values, finite = scaled(nodes.first.shift(rows), strengths)
+        waiting = None
+        if self._pieces is not None:
+            finite = finite & self._pieces.lift(values, rows, strengths)
+            waiting = self._pieces.waiting(pending, strengths) if pending else None
+        return PathShift(values, finite, expanded, waiting)
 
     def _reach(self, sums: Tensor, places: Tensor, chosen: Tensor, rows: Tensor) -> None:
         """Bring `sums`, float32 [requests, n], of what may be expanded from there to what is below the nodes
@@ -177,13 +190,20 @@ class PathRouting:
 class PathShift:
     """The shift of first tokens, and what expanded nodes make of it."""
 
-    def __init__(self, values: Tensor, finite: Tensor, expanded: Sequence[tuple[Tensor, Expanded]]) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        finite: Tensor,
+        expanded: Sequence[tuple[Tensor, Expanded]],
+        waiting: Waiting | None = None,
+    ) -> None:
         """Put a shift together.
 
         Args:
             values: float32 [requests, target vocabulary], the shift of first tokens, scaled; changed by this.
             finite: bool [requests], of which requests that is not finite, and 0.
             expanded: int64 [e], for which requests, and what the tokens at those e nodes get; and so on.
+            waiting: what pending requests get.
         """
         empty = torch.empty(0, dtype=torch.int64, device=values.device)
         requests, tokens, nodes, shifts, self._count = [empty], [empty], [empty], [empty.float()], 0
@@ -197,12 +217,17 @@ class PathShift:
         going_on = torch.cat(shifts)
         broken = torch.zeros(len(values), device=values.device)
         broken.index_add_(0, self._requests, (~going_on.isfinite()).float())
+        if waiting is not None:
+            odd = torch.zeros_like(waiting.ending).index_add_(0, waiting.owners, waiting.values)
+            broken.index_add_(0, waiting.places, (~(odd + waiting.ending).isfinite()).float())
         self.finite = finite & (broken == 0)
         self._going_on = torch.where(self.finite[self._requests], going_on, 0.0)
-        values[broken > 0] = 0.0
+        values[~self.finite] = 0.0
         self._values = values
         self._places = self._requests * values.shape[1] + self._tokens
         self._before = values.view(-1)[self._places]
+        self._waiting = waiting
+        self._ended = None if waiting is None else values[waiting.places]
 
     def over(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         places = torch.tensor(rows, device=logits.device)[self._requests]
@@ -210,10 +235,29 @@ class PathShift:
         grown = self._log_sums(own + self._going_on) - self._log_sums(own)
         # a grammar that masks all tokens of a node leaves nothing to decide there
         kept = self._going_on - torch.where(grown.isfinite(), grown, 0.0)[self._nodes]
+        if self._waiting is not None and self._ended is not None:
+            self._values[self._waiting.places] = self._ended
         values = self._values.view(-1)
         values[self._places] = self._before
         values.index_add_(0, self._places, kept)
+        if self._waiting is not None:
+            self._go_on(self._waiting, logits, rows)
         return self._values
+
+    def _go_on(self, waiting: Waiting, logits: Tensor, rows: Sequence[int]) -> None:
+        """Shift the tokens that go on with pending spellings, and all others together against them.
+
+        Those others keep the shifts that they have, and together the probability that the control's end of
+        the spelling gives them.
+        """
+        own = logits[torch.tensor(rows, device=logits.device)[waiting.places]].float()
+        own[waiting.owners, waiting.tokens] = -torch.inf
+        shifts = self._values[waiting.places]
+        grown = (own + shifts).logsumexp(dim=1) - own.logsumexp(dim=1)
+        grown = torch.where(grown.isfinite(), grown, 0.0)  # a grammar masks all others
+        shifts += (waiting.ending - grown)[:, None]
+        shifts[waiting.owners, waiting.tokens] = waiting.values
+        self._values[waiting.places] = torch.where(self.finite[waiting.places, None], shifts, 0.0)
 
     def _log_sums(self, terms: Tensor) -> Tensor:
         """float32 [nodes]: the logarithm of the sum of exp(`terms`), float32 [m], of each node."""

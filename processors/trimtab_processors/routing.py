@@ -6,7 +6,8 @@ float32 [requests, target vocabulary].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -17,6 +18,8 @@ from trimtab_processors.shift import scaled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from trimtab_processors.pieces import Pending
 
 Further = Callable[[Sequence[tuple[int, Sequence[int]]]], Tensor]
 """Computes further rows, float32 [asked, control vocabulary]. Each is asked for by the place of a row that
@@ -46,13 +49,19 @@ class Routing(Protocol):
     lookahead: int
     """The most control tokens with which it goes on from a context."""
 
-    def route(self, rows: Tensor, strengths: Tensor, further: Further) -> Shift:
+    children: Mapping[tuple[int, int], int]
+    """The nodes that pending spellings lead to, see `PieceTrie.children`; none where nothing is pending."""
+
+    def route(
+        self, rows: Tensor, strengths: Tensor, further: Further, pending: Sequence[Pending] = ()
+    ) -> Shift:
         """Everything that can be done before the target's logits are there.
 
         Args:
             rows: float32 [requests, control vocabulary], what the control says after each request's context.
             strengths: float32 [requests], the factors on the shifts.
             further: computes what else of the control is wanted.
+            pending: of the requests whose last tokens begin some of the control's.
         """
         ...
 
@@ -78,6 +87,7 @@ class PmMined:
     """
 
     lookahead = 0
+    children: Mapping[tuple[int, int], int] = MappingProxyType({})
 
     def __init__(
         self,
@@ -114,5 +124,11 @@ class PmMined:
             rest = rows.new_zeros(len(rows), 1)
         return torch.cat((rest, rows), dim=1).index_select(1, self._source)
 
-    def route(self, rows: Tensor, strengths: Tensor, further: Further) -> PlainShift:  # noqa: ARG002
+    def route(
+        self,
+        rows: Tensor,
+        strengths: Tensor,
+        further: Further,  # noqa: ARG002 - of the protocol
+        pending: Sequence[Pending] = (),  # noqa: ARG002
+    ) -> PlainShift:
         return PlainShift(*scaled(self.shift(rows), strengths))

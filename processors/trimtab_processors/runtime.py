@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from trimtab_processors import metrics
-from trimtab_processors.alignment import Alignment, dropped_tokens
+from trimtab_processors.alignment import Alignment, common_prefix, dropped_tokens
 from trimtab_processors.control import Control, Target
 from trimtab_processors.divergence import Sample, kl_divergence
 from trimtab_processors.model import CachedSequence
 from trimtab_processors.parameters import SEVERAL
+from trimtab_processors.pieces import Pending
 from trimtab_processors.settings import DEFAULT_CACHE_BYTES, DEFAULT_KL_EVERY
 from trimtab_processors.shift import add_shift, guarded
 
@@ -61,7 +62,12 @@ class Request:
         self._output = output
         self._seen = 0
         self._prompt = control.prompt(prompt, parameters.prompt)
-        self._alignment = Alignment(control.aligner, self._prompt)
+        self._alignment = self._align()
+        self.last_row: Tensor | None = None
+        """float32 [control vocabulary]: what the control said in the last step."""
+        self._pending_row: Tensor | None = None
+        self._pending_at = -1
+        """After how many tokens of output the control said it."""
         self._dropped = 0
         self._resumed = len(output)
         """Output that it had when it was taken up: counted when it was new."""
@@ -73,11 +79,13 @@ class Request:
         """Bring the control's contexts up to what the target has generated."""
         if len(self._output) < self._seen:
             # vLLM takes tokens back where loading a request's KV cache fails.
-            self._seen, self._alignment = 0, Alignment(self.control.aligner, self._prompt)
-            self._resumed = len(self._output)
+            self._seen, self._alignment = 0, self._align()
+            self._resumed, self.last_row = len(self._output), None
         before = self._alignment.counts
         kept = self._alignment.extend(self._output[self._seen :])
         is_new = self._seen >= self._resumed
+        if self._alignment.pending is not None and self._alignment.begun == self._seen:
+            self.hold(self.last_row)
         self._seen = len(self._output)
         tokens, kept = self._window(self._alignment.tokens, kept)
         lost = sum(sequence.change(tokens, kept) for sequence in self.sequences)
@@ -87,6 +95,43 @@ class Request:
         return Advance(
             now.tokens - before.tokens, now.exact - before.exact, now.realignments - before.realignments, lost
         )
+
+    def _align(self) -> Alignment:
+        return Alignment(self.control.aligner, self._prompt, self.routing.children)
+
+    def hold(self, row: Tensor | None) -> None:
+        """Keep `row`, float32 [control vocabulary], which the control said before the pending spelling."""
+        if row is not None:
+            self._pending_row, self._pending_at = row.clone(), self._alignment.begun
+
+    def pending(self, place: int) -> Pending | None:
+        """What is pending, for the request's `place` among the rows of a step."""
+        node, row = self._alignment.pending, self._pending_row
+        if node is None or row is None or self.is_behind:
+            return None
+        return Pending(place, node, row)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether a spelling is pending, and what the control said before it has yet to be computed."""
+        return self._alignment.pending is not None and self._pending_at != self._alignment.begun
+
+    def go_back(self) -> None:
+        """Make the contexts those before the pending spelling, until `come_back`."""
+        alignment = self._align()
+        alignment.extend(self._output[: self._alignment.begun])
+        before, _ = self._window(alignment.tokens, 0)
+        self._change(before)
+
+    def come_back(self) -> None:
+        """Keep the row that was computed, and make the contexts what they were before `go_back`."""
+        self.hold(self.row if self.has_context else None)
+        now, _ = self._window(self._alignment.tokens, 0)
+        self._change(now)
+
+    def _change(self, tokens: list[int]) -> None:
+        for sequence in self.sequences:
+            sequence.change(tokens, common_prefix(sequence.tokens, tokens))
 
     def _window(self, tokens: list[int], kept: int) -> tuple[list[int], int]:
         """Cut the context to the control's window; `kept` comes back in the coordinates of what is left."""
@@ -231,11 +276,22 @@ class Runtime:
         for control, members in by_control.items():
             started = time.perf_counter()
             self._count_advances(control, [request.advance() for request in members])
+            self._catch_up(control, [request for request in members if request.is_behind])
             self._compute(control, members)
             self._route(control, [request for request in members if request.has_context])
             self._count_blocks(control)
             seconds = time.perf_counter() - started
             metrics.FORWARD_SECONDS.labels(self._target.name, control.name).inc(seconds)
+
+    def _catch_up(self, control: Control, requests: Sequence[Request]) -> None:
+        """Compute the rows before pending spellings of requests that were taken up behind them."""
+        if not requests:
+            return
+        for request in requests:
+            request.go_back()
+        self._compute(control, requests)
+        for request in requests:
+            request.come_back()
 
     def _compute(self, control: Control, requests: Sequence[Request]) -> None:
         """Compute the rows that are missing, in one batch for each of the control's models."""
@@ -249,7 +305,12 @@ class Runtime:
             by_routing[request.routing].append(request)
         for routing, members in by_routing.items():
             strengths = torch.tensor([request.strength for request in members], device=self._target.device)
-            shift = routing.route(_rows(members), strengths, partial(self._further, control, members))
+            rows = _rows(members)
+            pending = [held for i, request in enumerate(members) if (held := request.pending(i))]
+            further = partial(self._further, control, members)
+            shift = routing.route(rows, strengths, further, pending)
+            for request, row in zip(members, rows, strict=True):
+                request.last_row = row
             self._steering.append(Steering(control, members, shift))
 
     def _further(

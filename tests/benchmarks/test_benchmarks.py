@@ -12,7 +12,7 @@ import pytest
 
 from miniature import miniature
 from reference import Model, Reference
-from trimtab_mappings import build_table, load_encoder, load_vocabulary
+from trimtab_mappings import build_table, load_encoder
 from trimtab_training.world.corpus import HARD
 from trimtab_training.world.world import make_world
 
@@ -53,9 +53,9 @@ def reference_decoder(family, monkeypatch):
     from reference_decoding import CachedModel, ReferenceDecoder
 
     def make(target):
-        vocabulary, encoder = load_vocabulary(str(target)), load_encoder(str(family.control))
+        served, encoder = load_encoder(str(target)), load_encoder(str(family.control))
         models = CachedModel(str(target)), CachedModel(str(family.control))
-        return ReferenceDecoder(*models, vocabulary, encoder, build_table(vocabulary, encoder))
+        return ReferenceDecoder(*models, served.vocabulary, encoder, build_table(served, encoder))
 
     return make
 

@@ -21,7 +21,7 @@ from openai import AsyncOpenAI, BadRequestError, OpenAI
 
 import tiny
 from engines import Engine, engine
-from reference import Model, PathReference, Reference
+from reference import Model, PathReference, PiecesReference, Reference
 from tiny import sentences
 from trimtab_processors.pack import DEFAULT_ROUTING, Component, Pack
 from trimtab_processors.settings import DEFAULT_KL_EVERY
@@ -88,6 +88,7 @@ def world(family, tmp_path_factory):
         "pm-mined": Reference,
         "path": PathReference,
         "path-2x2": partial(PathReference, beam=2, depth=2),
+        "pieces": PiecesReference,
     }
     references = {
         f"{control} {routing}": make(target, model, **options)
@@ -235,7 +236,7 @@ def test_requests_that_join_and_leave_are_preempted_and_share_a_step_with_other_
         control = (*CONTROLS, None)[number % 5]
         options = {"tokens": 20 + 3 * number, "body": {"ignore_eos": True}}
         strength = (1.0, -1.0, 0.5)[number % 3]
-        options["routing"] = ("pm-mined", "path-2x2")[number % 2]
+        options["routing"] = ("pm-mined", "path-2x2", "pieces")[number % 3]
         asks.append(
             ask_for(world, control, prompt, strength=strength, **options)
             if control
@@ -411,7 +412,7 @@ def _is_text(data: bytes | None) -> bool:
         return False
 
 
-@pytest.mark.parametrize("routing", ["pm-mined", "path"])
+@pytest.mark.parametrize("routing", ["pm-mined", "path", "pieces"])
 def test_a_context_past_the_window_keeps_its_beginning_and_its_end(world, server, routing):
     """A control with a window of 64 steers an answer of 150 tokens, and says that it forgot."""
     before = server.metric("trimtab_context_truncations_total", control="chars")

@@ -36,7 +36,7 @@ from pathlib import Path
 import hand_made
 from trimtab_mappings import build_table, cached_table
 
-target, control, directory = hand_made.target().vocabulary, hand_made.control(), Path(sys.argv[1])
+target, control, directory = hand_made.target(), hand_made.control(), Path(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
 cached_table(target, control, directory)
@@ -79,7 +79,7 @@ def chat_control(read, **roles):
 @cache
 def own_table(encoder):
     """The table of a tokenizer to itself."""
-    return build_table(encoder.vocabulary, encoder)
+    return build_table(encoder, encoder)
 
 
 def encoder_of(tokenizer):
@@ -88,18 +88,18 @@ def encoder_of(tokenizer):
 
 @pytest.fixture
 def table(gpt2_like, llama_like):
-    return build_table(gpt2_like.vocabulary, llama_like.encoder)
+    return build_table(gpt2_like.encoder, llama_like.encoder)
 
 
 def test_every_token_s_segment_spells_its_bytes(any_family, gpt2_like, llama_like):
     for control in (gpt2_like, llama_like):
-        table = build_table(any_family.vocabulary, control.encoder)
+        table = build_table(any_family.encoder, control.encoder)
         for token_id in {*range(len(any_family.vocabulary))} - any_family.vocabulary.special:
             assert control.joined(table.segment(token_id)) == any_family.vocabulary.tokens[token_id]
 
 
 def test_what_a_control_can_not_spell_is_its_unknown_token_in_a_segment(gpt2_like, bert_like):
-    table = build_table(gpt2_like.vocabulary, bert_like.encoder)
+    table = build_table(gpt2_like.encoder, bert_like.encoder)
     unknown, text = bert_like.vocabulary.roles["unk"], gpt2_like.vocabulary.ids[b"\xe4"]
     assert tuple(table.segment(text)) == unknown
 
@@ -111,7 +111,7 @@ def test_the_segment_of_an_exact_token_is_the_token_that_it_maps_to(table):
 
 
 def test_a_token_that_no_merge_makes_is_still_its_own_segment(merging):
-    table = build_table(merging.vocabulary, merging.encoder)
+    table = build_table(merging.encoder, merging.encoder)
     token_id = merging.vocabulary.ids[b"abc"]
     assert table.segment(token_id).tolist() == [token_id]
     assert len(merging.encoder.encode(b"abc")[0]) > 1
@@ -130,7 +130,7 @@ def test_a_table_has_the_bytes_of_both_vocabularies(table, gpt2_like, llama_like
 
 def test_a_vocabulary_maps_to_itself_exactly(any_family):
     vocabulary = any_family.vocabulary
-    table = build_table(vocabulary, any_family.encoder)
+    table = build_table(any_family.encoder, any_family.encoder)
     text, special = sum(map(bool, vocabulary.tokens)), len(vocabulary.special)
     rest = len(vocabulary) - text - special  # unused ids
     assert table.coverage == Coverage(exact=text, prefix=0, extension=0, role=special, none=rest)
@@ -159,9 +159,10 @@ def test_special_tokens_map_by_role_and_never_by_id(gpt2_like, llama_like):
     tokenizer = with_chat_tokens(gpt2_like)
     names = {"bos_token": "<|begin|>", "unk_token": "<|unknown|>", "pad_token": "<|padding|>"}
     tokenizer.add_special_tokens(names)  # that the control does not have
-    target = read_vocabulary(tokenizer)
+    encoder = encoder_of(tokenizer)
+    target = encoder.vocabulary
     control = encoder_of(with_other_special_tokens(llama_like))
-    table = build_table(target, control)
+    table = build_table(encoder, control)
     theirs = control.vocabulary.roles
     assert target.roles.keys() == theirs.keys() == {"bos", "eos", "unk", "pad"}
     for role, (token_id,) in target.roles.items():
@@ -178,7 +179,7 @@ def test_a_special_token_without_a_role_maps_to_one_of_its_name_or_to_nothing(gp
     other.add_special_tokens({"additional_special_tokens": ["<|video|>", "<|image|>"]})
     named = other.convert_tokens_to_ids("<|image|>")
     for control, expected in ((llama_like.encoder, []), (encoder_of(other), [named])):
-        table = build_table(read_vocabulary(target), control)
+        table = build_table(encoder_of(target), control)
         assert table.segment(image).tolist() == expected
         assert table.mapping[image] == [*expected, -1][0]
         assert table.kinds[image] == (Kind.ROLE if expected else Kind.NONE)
@@ -191,7 +192,8 @@ def test_what_ends_a_turn_maps_to_the_control_s_end(gpt2_like, llama_like, sourc
     end_of_turn = tokenizer.convert_tokens_to_ids("<|eot|>")
     if source == "chat template":
         tokenizer.chat_template = CHAT_TEMPLATE
-    target = read_vocabulary(tokenizer, eos_ids=[2, end_of_turn] if source == "generation config" else ())
+    ends = [2, end_of_turn] if source == "generation config" else ()
+    target = ByteEncoder(tokenizer, read_vocabulary(tokenizer, eos_ids=ends))
     control = encoder_of(with_other_special_tokens(llama_like))
     (eos,) = control.vocabulary.roles["eos"]
     assert build_table(target, control).mapping[[2, end_of_turn]].tolist() == [eos, eos]
@@ -202,7 +204,7 @@ def test_an_end_of_turn_maps_to_the_control_s_own(gpt2_like, llama_like):
     target.chat_template = CHAT_TEMPLATE
     control = chat_control(llama_like)
     vocabulary = read_vocabulary(target)
-    table = build_table(vocabulary, encoder_of(control))
+    table = build_table(encoder_of(target), encoder_of(control))
     (end_of_turn,), (own,) = vocabulary.roles["end_of_turn"], read_vocabulary(control).roles["end_of_turn"]
     assert control.convert_ids_to_tokens(own) == "<|stop|>"
     assert table.mapping[[2, end_of_turn]].tolist() == [2, own]
@@ -216,7 +218,7 @@ def test_an_eos_that_ends_turns_maps_to_the_control_s_end_of_turn(gpt2_like, lla
     target, control = copy_of(gpt2_like), chat_control(llama_like)
     target.chat_template = template
     own = control.convert_tokens_to_ids("<|stop|>")
-    assert build_table(read_vocabulary(target), encoder_of(control)).mapping[2] == own
+    assert build_table(encoder_of(target), encoder_of(control)).mapping[2] == own
 
 
 def test_an_end_of_turn_maps_to_an_eos_that_ends_the_control_s_turns(gpt2_like, llama_like):
@@ -227,7 +229,7 @@ def test_an_end_of_turn_maps_to_an_eos_that_ends_the_control_s_turns(gpt2_like, 
     text_end = control.convert_tokens_to_ids("</s>")
     vocabulary = read_vocabulary(control, eos_ids=[text_end])
     assert vocabulary.roles["end_of_turn"] == (text_end,)
-    table = build_table(read_vocabulary(target), ByteEncoder(control, vocabulary))
+    table = build_table(encoder_of(target), ByteEncoder(control, vocabulary))
     own = control.convert_tokens_to_ids("<|stop|>")
     end_of_turn = target.convert_tokens_to_ids("<|eot|>")
     assert table.mapping[[2, end_of_turn]].tolist() == [text_end, own]
@@ -237,7 +239,8 @@ def test_of_several_ends_each_maps_to_that_of_its_name(gpt2_like):
     tokenizer = with_chat_tokens(gpt2_like)
     ends = tokenizer.convert_tokens_to_ids(["<|eot|>", "<|image|>"])
     vocabulary = read_vocabulary(tokenizer, eos_ids=ends)
-    table = build_table(vocabulary, ByteEncoder(tokenizer, vocabulary))
+    encoder = ByteEncoder(tokenizer, vocabulary)
+    table = build_table(encoder, encoder)
     assert table.mapping[[2, *ends]].tolist() == [2, *ends]
 
 
@@ -246,21 +249,21 @@ def test_a_role_that_the_control_s_eos_plays_too_is_no_counterpart(gpt2_like, ll
     target = copy_of(gpt2_like)
     target.add_special_tokens({f"{role}_token": f"<|{role}|>"})
     control = copy_of(llama_like, **{f"{role}_token": "</s>"})
-    mapped = build_table(read_vocabulary(target), encoder_of(control)).mapping
+    mapped = build_table(encoder_of(target), encoder_of(control)).mapping
     assert mapped[target.convert_tokens_to_ids(f"<|{role}|>")] in {-1, 0}
     assert mapped[2] == 2
 
 
 def test_a_token_of_several_roles_is_taken_for_the_end(gpt2_like, llama_like):
     roles = {"bos_token": "</s>", "unk_token": "</s>", "pad_token": "</s>"}
-    table = build_table(read_vocabulary(with_chat_tokens(gpt2_like, **roles)), llama_like.encoder)
+    table = build_table(encoder_of(with_chat_tokens(gpt2_like, **roles)), llama_like.encoder)
     assert table.mapping[2] == 2
 
 
 def test_a_control_without_such_roles_or_names_leaves_special_tokens_unmapped(gpt2_like):
     backend = Tokenizer.from_str(gpt2_like.tokenizer.backend_tokenizer.to_str().replace('s>"', 'z>"'))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    table = build_table(gpt2_like.vocabulary, encoder_of(tokenizer))
+    table = build_table(gpt2_like.encoder, encoder_of(tokenizer))
     assert table.mapping[1:3].tolist() == [-1, -1]
     assert (table.kinds[1:3] == Kind.NONE).all()
 
@@ -268,11 +271,11 @@ def test_a_control_without_such_roles_or_names_leaves_special_tokens_unmapped(gp
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_cached_table_is_built_once(gpt2_like, llama_like, tmp_path, strategy):
     target, control = gpt2_like.vocabulary, llama_like.vocabulary
-    built = cached_table(target, llama_like.encoder, tmp_path, strategy)
+    built = cached_table(gpt2_like.encoder, llama_like.encoder, tmp_path, strategy)
     (path,) = tmp_path.iterdir()
     assert path.name == f"{target.fingerprint[:16]}-{control.fingerprint[:16]}-{strategy}.safetensors"
     written = path.stat().st_mtime_ns
-    again = cached_table(target, llama_like.encoder, tmp_path, strategy)
+    again = cached_table(gpt2_like.encoder, llama_like.encoder, tmp_path, strategy)
     assert path.stat().st_mtime_ns == written
     assert (built.source, again.source) == (None, path)
     np.testing.assert_array_equal(again.mapping, built.mapping)
@@ -280,20 +283,18 @@ def test_a_cached_table_is_built_once(gpt2_like, llama_like, tmp_path, strategy)
 
 def test_a_cached_table_is_of_its_own_strategy(gpt2_like, llama_like, tmp_path):
     for _ in ("built", "loaded"):
-        tables = [
-            cached_table(gpt2_like.vocabulary, llama_like.encoder, tmp_path, name) for name in STRATEGIES
-        ]
+        tables = [cached_table(gpt2_like.encoder, llama_like.encoder, tmp_path, name) for name in STRATEGIES]
         assert [table.strategy for table in tables] == [*STRATEGIES]
 
 
 def test_a_cached_table_that_is_refused_is_built_anew_and_the_log_says_why(
     gpt2_like, llama_like, tmp_path, caplog
 ):
-    cached_table(gpt2_like.vocabulary, llama_like.encoder, tmp_path)
+    cached_table(gpt2_like.encoder, llama_like.encoder, tmp_path)
     (path,) = tmp_path.iterdir()
     path.write_bytes(b"rubbish")
     with caplog.at_level(logging.WARNING):
-        cached_table(gpt2_like.vocabulary, llama_like.encoder, tmp_path)
+        cached_table(gpt2_like.encoder, llama_like.encoder, tmp_path)
     assert str(path) in caplog.text
     MappingTable.load(path).check(gpt2_like.vocabulary, llama_like.vocabulary)
 
@@ -303,17 +304,17 @@ def test_a_cached_table_for_another_vocabulary_is_built_anew(
     gpt2_like, llama_like, bert_like, tmp_path, other
 ):
     sides = {"target": gpt2_like, "control": llama_like}
-    cached_table(gpt2_like.vocabulary, llama_like.encoder, tmp_path)
+    cached_table(gpt2_like.encoder, llama_like.encoder, tmp_path)
     (path,) = tmp_path.iterdir()
     sides[other] = bert_like
-    build_table(sides["target"].vocabulary, sides["control"].encoder).save(path)
-    table = cached_table(gpt2_like.vocabulary, llama_like.encoder, tmp_path)
+    build_table(sides["target"].encoder, sides["control"].encoder).save(path)
+    table = cached_table(gpt2_like.encoder, llama_like.encoder, tmp_path)
     table.check(gpt2_like.vocabulary, llama_like.vocabulary)
     MappingTable.load(path).check(gpt2_like.vocabulary, llama_like.vocabulary)
 
 
 def test_processes_that_build_one_table_at_once_never_leave_half_of_it(tmp_path):
-    target, control = hand_made.target().vocabulary, hand_made.control()
+    target, control = hand_made.target(), hand_made.control()
     command = [sys.executable, "-c", BUILD_AGAIN_AND_AGAIN, str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -336,7 +337,7 @@ def test_processes_that_build_one_table_at_once_never_leave_half_of_it(tmp_path)
 def test_a_table_that_can_not_be_kept_is_used_all_the_same(gpt2_like, llama_like, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
-        table = cached_table(gpt2_like.vocabulary, llama_like.encoder, tmp_path / "file")
+        table = cached_table(gpt2_like.encoder, llama_like.encoder, tmp_path / "file")
     table.check(gpt2_like.vocabulary, llama_like.vocabulary)
     assert "the mapping table can't be kept" in caplog.text
 
@@ -345,6 +346,6 @@ def test_a_table_of_a_side_without_any_role_is_built_with_a_warning(gpt2_like, l
     backend = Tokenizer.from_str(gpt2_like.tokenizer.backend_tokenizer.to_str())
     control = encoder_of(PreTrainedTokenizerFast(tokenizer_object=backend))
     with caplog.at_level(logging.WARNING):
-        cached_table(llama_like.vocabulary, control, tmp_path)
+        cached_table(llama_like.encoder, control, tmp_path)
     assert f"the control {control.vocabulary.name!r} has no special token with a role" in caplog.text
     assert "the target" not in caplog.text

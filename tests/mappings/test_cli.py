@@ -85,7 +85,7 @@ def test_build_writes_a_table_and_says_what_it_built(built, gpt2_like, llama_lik
 def test_build_takes_a_strategy(both, gpt2_like, llama_like, tmp_path, strategy):
     output = tmp_path / "table.safetensors"
     run("build", *both, "--strategy", strategy, "--output", output)
-    expected = build_table(gpt2_like.vocabulary, llama_like.encoder, strategy)
+    expected = build_table(gpt2_like.encoder, llama_like.encoder, strategy)
     table = MappingTable.load(output)
     assert table.strategy == strategy
     assert table.mapping.tolist() == expected.mapping.tolist()
@@ -126,7 +126,7 @@ def coarse(tmp_path):
     encoders = {name: load_encoder(str(tmp_path / name)) for name in sides}
     tables = {"coarser": ("letters", "words"), "finer": ("words", "letters")}
     for name, (target, control) in tables.items():
-        table = build_table(encoders[target].vocabulary, encoders[control])
+        table = build_table(encoders[target], encoders[control])
         table.save(tmp_path / f"{name}.safetensors")
     return {name: tmp_path / f"{name}.safetensors" for name in tables}
 

@@ -22,7 +22,7 @@ def control():
 
 @pytest.fixture(scope="module")
 def table(target, control):
-    return build_table(target.vocabulary, control)
+    return build_table(target, control)
 
 
 def row(table, token):
@@ -117,7 +117,7 @@ def test_tokens_of_either_side_that_the_other_has_not_whole_are_counted(table, t
 
 
 def test_a_vocabulary_has_all_its_own_tokens_whole(any_family):
-    summary = summarize(build_table(any_family.vocabulary, any_family.encoder))
+    summary = summarize(build_table(any_family.encoder, any_family.encoder))
     assert summary.control_in_pieces.tokens.part == summary.target_in_pieces.tokens.part == 0
     assert not summary.coarser
 
@@ -126,7 +126,7 @@ def test_words_that_the_control_spells_from_a_bare_space_on_are_counted():
     spaces = [("\u0120", "a"), ("\u0120", "\u0120")]
     target = hand_made.encoder(["\u0120", "a", "b", "\u0120a", "\u0120\u0120"], spaces)
     control = hand_made.encoder(["\u0120", "a"])
-    table = build_table(target.vocabulary, control)
+    table = build_table(target, control)
     assert table.from_bare_space.tolist() == [False, False, False, True, False]  # and spaces are no word
     assert summarize(table).from_bare_space == Pieces(tokens=Part(1, 5), uses=None)
     uses = count_tokens(table, target, control, ["a a aa"])
@@ -135,14 +135,14 @@ def test_words_that_the_control_spells_from_a_bare_space_on_are_counted():
 
 def test_a_control_is_coarser_where_the_target_spells_most_of_its_tokens_in_pieces():
     fine, coarse = hand_made.letters(), hand_made.words()
-    assert summarize(build_table(fine.vocabulary, coarse)).control_in_pieces.tokens == Part(8, 15)
-    assert summarize(build_table(fine.vocabulary, coarse)).coarser
-    assert not summarize(build_table(coarse.vocabulary, fine)).coarser
+    assert summarize(build_table(fine, coarse)).control_in_pieces.tokens == Part(8, 15)
+    assert summarize(build_table(fine, coarse)).coarser
+    assert not summarize(build_table(coarse, fine)).coarser
 
 
 def test_with_a_text_a_control_is_coarser_where_its_uses_are_in_pieces():
     fine, coarse = hand_made.letters(), hand_made.words()
-    table = build_table(fine.vocabulary, coarse)
+    table = build_table(fine, coarse)
     pieces = {
         share: summarize(table, count_tokens(table, fine, coarse, ["Sure" + "o" * rest]))
         for share, rest in {"1 of 20": 19, "1 of 19": 18}.items()
@@ -152,7 +152,7 @@ def test_with_a_text_a_control_is_coarser_where_its_uses_are_in_pieces():
         "1 of 19": True,
     }
     assert pieces["1 of 19"].control_in_pieces == Pieces(tokens=Part(8, 15), uses=Part(1, 19))
-    converse = build_table(coarse.vocabulary, fine)
+    converse = build_table(coarse, fine)
     assert not summarize(converse, count_tokens(converse, coarse, fine, ["Sure"])).coarser
 
 
@@ -169,7 +169,7 @@ def test_a_lookup_names_the_segment_and_the_neighbours_nearest_first(table, cont
 
 
 def test_the_nearest_neighbour_of_an_approximate_row_is_what_it_maps_to(gpt2_like, llama_like):
-    table = build_table(llama_like.vocabulary, gpt2_like.encoder)
+    table = build_table(llama_like.encoder, gpt2_like.encoder)
     approximate = np.flatnonzero((table.kinds == Kind.PREFIX) | (table.kinds == Kind.EXTENSION))
     assert len(approximate)
     for token_id in approximate.tolist():
@@ -198,7 +198,7 @@ def test_bytes_that_are_no_text_are_refused_without_a_suggestion(table):
 
 
 def test_all_tokens_of_the_same_bytes_are_found(gpt2_like, llama_like):
-    table = build_table(llama_like.vocabulary, gpt2_like.encoder)
+    table = build_table(llama_like.encoder, gpt2_like.encoder)
     twins = [i for i, token in enumerate(llama_like.vocabulary.tokens) if token == b"t"]
     assert [found.row.target.id for found in look_up(table, "t")] == twins
     assert len(twins) == 2
@@ -211,7 +211,7 @@ def test_a_token_that_there_is_not_is_named(table, token):
 
 
 def test_a_token_with_another_space_is_suggested(gpt2_like, llama_like):
-    table = build_table(gpt2_like.vocabulary, llama_like.encoder)
+    table = build_table(gpt2_like.encoder, llama_like.encoder)
     assert b" tabs" in gpt2_like.vocabulary.ids
     assert b"tabs" not in gpt2_like.vocabulary.ids
     with pytest.raises(KeyError, match="did you mean ' tabs'"):
@@ -224,7 +224,7 @@ def test_a_table_does_not_differ_from_itself(table):
 
 
 def test_a_difference_names_each_row_that_changed(target, control, table):
-    exact = build_table(target.vocabulary, control, "exact")
+    exact = build_table(target, control, "exact")
     difference = compare(exact, table)
     assert difference.rows == len(table.mapping)
     assert difference.kinds == {"none to prefix": table.coverage.prefix}
@@ -236,13 +236,13 @@ def test_tables_of_different_controls_are_compared_by_bytes(target, control, tab
     tokens = [token.decode("latin-1") for token in control.vocabulary.tokens[1:]]
     merges = [("u", "r"), ("ur", "e"), ("t", "e")]
     renumbered = hand_made.encoder([*reversed(tokens), "</s>"], merges)
-    other = build_table(target.vocabulary, renumbered)
+    other = build_table(target, renumbered)
     assert (other.mapping != table.mapping).any()
     # where two control tokens are as near, the one with the lower id is taken
     assert [change.before.target.bytes for change in compare(table, other).changes] == [b"Su"]
 
 
 def test_tables_of_different_targets_are_not_compared(table, target, control):
-    other = build_table(control.vocabulary, target)
+    other = build_table(control, target)
     with pytest.raises(TableError, match="only tables of one target can be compared"):
         compare(table, other)

@@ -90,8 +90,8 @@ def test_the_nearest_is_the_least_by_edit_distance_and_id_of_all_pairs(tokens, c
 @example(target=["", ""], control=[])
 @example(target=[" ", "  "], control=["▁", " "])
 def test_every_row_agrees_with_the_definition(target, control):
-    target, control = with_fallback(target).vocabulary, with_fallback(control)
-    table = build_table(target, control)
+    encoder, control = with_fallback(target), with_fallback(control)
+    target, table = encoder.vocabulary, build_table(encoder, control)
     assert table.mapping.tolist() == [
         row_by_definition(token, i in target.byte_fallback, control.vocabulary)
         for i, token in enumerate(target.tokens)
@@ -149,17 +149,17 @@ def test_strings_of_which_neither_begins_the_other_are_never_matched():
 
 def test_a_letter_maps_to_a_letter_though_a_byte_token_with_its_bytes_comes_first():
     control = with_fallback(["<0x61>", "<0x62>", "a"])
-    table = build_table(with_fallback(["a", "ax"]).vocabulary, control)
+    table = build_table(with_fallback(["a", "ax"]), control)
     assert table.mapping.tolist() == [2, 2]
 
 
 def test_a_byte_token_maps_to_a_byte_token_and_to_a_letter_where_there_is_none():
-    target = with_fallback(["<0x61>", "<0x62>", "a"]).vocabulary
+    target = with_fallback(["<0x61>", "<0x62>", "a"])
     table = build_table(target, with_fallback(["a", "<0x61>", "b"]))
     assert table.mapping.tolist() == [1, 2, 0]
 
 
 def test_an_unused_id_maps_to_nothing_and_nothing_maps_to_it():
-    table = build_table(with_fallback(["", "a"]).vocabulary, with_fallback(["", "", "b"]))
+    table = build_table(with_fallback(["", "a"]), with_fallback(["", "", "b"]))
     assert table.mapping.tolist() == [-1, -1]
     assert not table.exact.any()

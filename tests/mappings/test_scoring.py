@@ -20,7 +20,7 @@ def control():
 
 
 def scored(target, control, texts, strategy):
-    return score(build_table(target.vocabulary, control, strategy), find_meetings(target, control, texts))
+    return score(build_table(target, control, strategy), find_meetings(target, control, texts))
 
 
 def slow_meetings(target, control, text):

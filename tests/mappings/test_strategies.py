@@ -22,21 +22,21 @@ def tables(request, gpt2_like, llama_like, bert_like):
         "fallback_to_word_piece": (llama_like, bert_like),
     }
     target, control = sides[request.param]
-    by_strategy = {name: build_table(target.vocabulary, control.encoder, name) for name in STRATEGIES}
+    by_strategy = {name: build_table(target.encoder, control.encoder, name) for name in STRATEGIES}
     return target, control, by_strategy
 
 
 def test_an_unknown_strategy_is_refused_and_all_are_named(gpt2_like, llama_like):
     with pytest.raises(ValueError, match="no strategy 'best', there are: pm-mined, exact, first-segment"):
-        build_table(gpt2_like.vocabulary, llama_like.encoder, "best")
+        build_table(gpt2_like.encoder, llama_like.encoder, "best")
 
 
 def test_pm_mined_is_taken_where_none_is_named(gpt2_like, llama_like):
-    assert build_table(gpt2_like.vocabulary, llama_like.encoder).strategy == "pm-mined"
+    assert build_table(gpt2_like.encoder, llama_like.encoder).strategy == "pm-mined"
 
 
 def test_a_table_says_by_which_strategy_it_was_built(gpt2_like, llama_like, strategy):
-    assert build_table(gpt2_like.vocabulary, llama_like.encoder, strategy).strategy == strategy
+    assert build_table(gpt2_like.encoder, llama_like.encoder, strategy).strategy == strategy
 
 
 def test_exact_rows_roles_and_segments_are_the_same_for_all(tables):
@@ -87,7 +87,7 @@ def test_first_segment_never_maps_text_to_the_unknown_token(tables):
 def test_first_segment_leaves_a_token_unmapped_that_begins_with_what_the_control_can_not_spell(
     gpt2_like, bert_like
 ):
-    table = build_table(gpt2_like.vocabulary, bert_like.encoder, "first-segment")
+    table = build_table(gpt2_like.encoder, bert_like.encoder, "first-segment")
     newline = gpt2_like.vocabulary.ids[b"\n"]
     assert table.segment(newline).tolist() == [*bert_like.vocabulary.roles["unk"]]
     assert table.kinds[newline] == Kind.NONE
@@ -102,9 +102,13 @@ def test_first_segment_leaves_a_token_unmapped_that_begins_with_what_the_control
     ],
 )
 def test_each_strategy_chooses_in_its_own_way_among_the_same_tokens(strategy, rows):
-    target, control = hand_made.target().vocabulary, hand_made.control()
+    target, control = hand_made.target(), hand_made.control()
     mapping = build_table(target, control, strategy).mapping
-    words = {token: i for token, i in zip(target.tokens, mapping, strict=True) if len(token) > 1 and i >= 0}
+    words = {
+        token: i
+        for token, i in zip(target.vocabulary.tokens, mapping, strict=True)
+        if len(token) > 1 and i >= 0
+    }
     tokens = control.vocabulary.tokens
     assert {token.decode(): tokens[i].decode() for token, i in words.items()} == rows
 
@@ -112,13 +116,13 @@ def test_each_strategy_chooses_in_its_own_way_among_the_same_tokens(strategy, ro
 def test_first_segment_takes_no_token_from_behind_what_the_control_can_not_spell():
     control = hand_made.control()  # it has no q, and no unknown token to stand for it
     target = hand_made.encoder([*"qSu", "qS", "Su"], [("q", "S"), ("S", "u")])
-    table = build_table(target.vocabulary, control, "first-segment")
+    table = build_table(target, control, "first-segment")
     ids = target.vocabulary.ids
     assert (table.mapping[ids[b"qS"]], table.kinds[ids[b"qS"]]) == (-1, Kind.NONE)
     assert table.mapping[ids[b"Su"]] == control.vocabulary.ids[b"S"]
 
 
 def test_a_control_without_any_token_leaves_everything_unmapped():
-    table = build_table(hand_made.target().vocabulary, hand_made.encoder(["</s>"]))
+    table = build_table(hand_made.target(), hand_made.encoder(["</s>"]))
     assert table.coverage.none == len(table.mapping) - 1
     assert table.coverage.role == 1

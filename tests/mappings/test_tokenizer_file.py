@@ -69,10 +69,10 @@ def test_it_maps_as_the_same_tokenizer_under_its_own_name_does(misnamed, gpt2_li
     misread, own = load_encoder(misnamed), gpt2_like
     for theirs, ours in (
         (
-            build_table(misread.vocabulary, llama_like.encoder),
-            build_table(own.vocabulary, llama_like.encoder),
+            build_table(misread, llama_like.encoder),
+            build_table(own.encoder, llama_like.encoder),
         ),
-        (build_table(llama_like.vocabulary, misread), build_table(llama_like.vocabulary, own.encoder)),
+        (build_table(llama_like.encoder, misread), build_table(llama_like.encoder, own.encoder)),
     ):
         assert theirs.mapping[theirs.exact].tolist() == ours.mapping[ours.exact].tolist()
         assert theirs.coverage.exact == ours.coverage.exact > 0

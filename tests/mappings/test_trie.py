@@ -56,7 +56,7 @@ def test_its_nodes_are_where_spellings_part(spelled):
 
 @pytest.fixture(scope="module")
 def table():
-    return build_table(hand_made.target().vocabulary, hand_made.control())
+    return build_table(hand_made.target(), hand_made.control())
 
 
 def test_a_table_has_the_trie_of_what_can_be_spelled_and_keeps_it_in_its_file(table, tmp_path):

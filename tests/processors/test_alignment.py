@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reference import Model, Reference, unfinished
-from trimtab_mappings import ByteEncoder, build_table, load_tokenizer, load_vocabulary
+from trimtab_mappings import build_table, load_encoder
 from trimtab_processors.alignment import (
     Aligner,
     Alignment,
@@ -26,10 +26,10 @@ PROMPT = [1, 5, 9]
 def pair(request, family):
     """One target of the family: its aligner, and the slow reference."""
     directory = family.targets[request.param]
-    target = load_vocabulary(str(directory))
-    encoder = ByteEncoder(load_tokenizer(str(family.control)), load_vocabulary(str(family.control)))
+    target = load_encoder(str(directory))
+    encoder = load_encoder(str(family.control))
     reference = Reference(Model(directory), Model(family.control))
-    return Aligner(target, encoder, build_table(target, encoder)), reference
+    return Aligner(target.vocabulary, encoder, build_table(target, encoder)), reference
 
 
 def tokens_of(aligner):

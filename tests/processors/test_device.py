@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reference import Model
 from runner import Segments
 from tiny import CONTEXT
-from trimtab_mappings import load_vocabulary
+from trimtab_mappings import load_encoder
 from trimtab_processors import device, metrics
 from trimtab_processors.control import Target
 from trimtab_processors.device import Batch, DeviceRuntime
@@ -39,8 +39,8 @@ class Engine:
         self.history = History(torch.zeros((slots, POSITIONS), dtype=torch.int32), torch.zeros(slots).int())
         self.texts: dict[int, list[int]] = {}
         controls = {name: str(place) for name, place in controls.items()}
-        vocabulary = load_vocabulary(str(directory))
-        target = Target("target", vocabulary, self.width, CPU)
+        encoder = load_encoder(str(directory))
+        target = Target("target", encoder, self.width, CPU)
         self.runtime = DeviceRuntime(target, controls, self.history, tables=tables, **options)
 
     def add(self, slot, prompt, parameters, output=()):

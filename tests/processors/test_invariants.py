@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from batch import Batch, Job, configuration
-from reference import Model, PathReference, Reference, unfinished
+from reference import Model, PathReference, PiecesReference, Reference, unfinished
 from tiny import CONTEXT
 from trimtab_processors.model import CachedSequence
 from trimtab_processors.parameters import MAX_TOP_K, Parameters
@@ -21,7 +21,7 @@ from trimtab_processors.vllm_v1 import ControlProcessor
 
 STEPS = 12
 PLENTY = 2**21
-ROUTINGS = ["pm-mined", "path"]
+ROUTINGS = ["pm-mined", "path", "pieces"]
 BEAMS = {"a": (1, 1), "b": (1, 1), "c": (2, 2)}
 STRENGTHS = [None, 0.0, 0.5, 1.0, -1.5, 3.0]
 
@@ -52,6 +52,7 @@ class Steered:
         self.references = {
             "pm-mined": self.reference,
             "path": PathReference(*models, window=CONTEXT, beam=beam, depth=depth),
+            "pieces": PiecesReference(*models, window=CONTEXT, beam=beam, depth=depth),
         }
         self.width = self.reference.target.network.config.vocab_size
         self.bos = self.reference.control.tokenizer.bos_token_id

@@ -14,7 +14,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from reference import Model
 from tiny import Family
-from trimtab_mappings import load_vocabulary
+from trimtab_mappings import load_encoder
 from trimtab_processors import metrics
 from trimtab_processors.control import Target
 from trimtab_processors.device import Batch, DeviceRuntime
@@ -38,7 +38,7 @@ def value(name: str, model: str, control: str | None = "control") -> float | Non
 def target_of(family: Family, name: str) -> Target:
     """The family's target b, whose tokens are mostly not the control's."""
     width = Model(family.b).network.config.vocab_size
-    return Target(name, load_vocabulary(str(family.b)), width, CPU)
+    return Target(name, load_encoder(str(family.b)), width, CPU)
 
 
 def on_host(family: Family, tables: Path, name: str, **options) -> Runtime:

@@ -54,7 +54,10 @@ def test_several_controls_travel_as_lists(strengths, routings):
         ({"trimtab_strength": 1.0}, "trimtab_strength: 1 values for 2 controls"),
         ({"trimtab_top_k": [1, 2, 3]}, "trimtab_top_k: 3 values for 2 controls"),
         ({"trimtab_routing": ["path"]}, "trimtab_routing: 1 values for 2 controls"),
-        ({"trimtab_routing": ["path", "x"]}, "trimtab_routing.1: Input should be 'pm-mined', 'path' or ''"),
+        (
+            {"trimtab_routing": ["path", "x"]},
+            "trimtab_routing.1: Input should be 'pm-mined', 'path', 'pieces'",
+        ),
         ({"trimtab_prompt": [1]}, "trimtab_prompt_lengths: needed, since 2 controls share the prompt"),
         ({"trimtab_prompt": [1], "trimtab_prompt_lengths": [1, 1]}, "they add up to 2, not to 1"),
         ({"trimtab_prompt_lengths": [1, 1]}, "they add up to 2, not to 0"),

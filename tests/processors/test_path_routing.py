@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 import hand_made
 import tiny
-from reference import Model, PathReference
+from reference import Model, PathReference, PiecesReference
 from trimtab_mappings import ByteEncoder, build_table, read_vocabulary
+from trimtab_mappings.trie import ROOT
 from trimtab_processors.path_routing import PathRouting, Spellings
+from trimtab_processors.pieces import Pending, Pieces
 from trimtab_processors.routing import PmMined
 
 MAKERS = {"byte-level": tiny.byte_level, "metaspace": tiny.metaspace, "byte-fallback": tiny.byte_fallback}
@@ -38,19 +40,25 @@ class Random(Model):
 
 
 @cache
-def reference_of(target: tuple[str, int, int], control: tuple[str, int, int]) -> PathReference:
+def reference_of(
+    target: tuple[str, int, int], control: tuple[str, int, int], routing: type[PathReference] = PathReference
+) -> PathReference:
     models = (Random(MAKERS[kind](size, seed)) for kind, size, seed in (target, control))
-    return PathReference(*models)
+    return routing(*models)
 
 
 @cache
 def table_of(reference: PathReference):
-    vocabularies = (read_vocabulary(model.tokenizer) for model in (reference.target, reference.control))
-    target, control = vocabularies
-    return build_table(target, ByteEncoder(reference.control.tokenizer, control))
+    models = (reference.target, reference.control)
+    return build_table(*(ByteEncoder(model.tokenizer, read_vocabulary(model.tokenizer)) for model in models))
 
 
-def routed(reference, routing, contexts, strengths, logits):
+def routing_of(table, width, beam=1, depth=1, *, longest=16, neutral=True, pieces=False):
+    spellings = Spellings(table, width, longest=longest, neutral=neutral)
+    return PathRouting(spellings, beam, depth, Pieces(table, width) if pieces else None)
+
+
+def routed(reference, routing, contexts, strengths, logits, *, pending=()):
     """What `routing` makes of the reference's models, for the row of logits with the context's own number."""
     rows = torch.stack([reference.control.logits(context) for context in contexts])
 
@@ -59,20 +67,28 @@ def routed(reference, routing, contexts, strengths, logits):
         assert all(1 <= len(path) <= routing.lookahead for _, path in asked)
         return torch.stack([reference.control.logits([*contexts[place], *path]) for place, path in asked])
 
-    shift = routing.route(rows, torch.tensor(strengths), further)
+    shift = routing.route(rows, torch.tensor(strengths), further, pending)
     assert shift.finite.all()
     return shift.over(logits, range(len(contexts)))
+
+
+def node_of(routing, pieces):
+    node = ROOT
+    for piece in pieces:
+        node = routing.children[node, piece]
+    return node
 
 
 def vocabularies(*kinds):
     return st.tuples(st.sampled_from(kinds), st.sampled_from([330, 420, 600, 900]), st.sampled_from([0, 1]))
 
 
+@pytest.mark.parametrize("kind", [PathReference, PiecesReference], ids=["path", "pieces"])
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(target=vocabularies("byte-level", "metaspace"), control=vocabularies(*MAKERS), data=st.data())
-def test_the_shift_is_that_of_the_formula(target, control, data):
+def test_the_shift_is_that_of_the_formula(kind, target, control, data):
     """Over vocabularies of every kind, whichever is finer; for masked tokens and negative strengths too."""
-    reference = reference_of(target, control)
+    reference, pieces = reference_of(target, control, kind), kind is PiecesReference
     beam, depth = data.draw(st.integers(1, 3), "beam"), data.draw(st.integers(1, 3), "depth")
     contexts = data.draw(
         st.lists(st.lists(st.integers(0, 99), min_size=1), min_size=1, max_size=4), "contexts"
@@ -85,15 +101,26 @@ def test_the_shift_is_that_of_the_formula(target, control, data):
     masked = torch.rand(logits.shape, generator=generator) < data.draw(
         st.sampled_from([0, 0.3, 0.99]), "masked"
     )
+    masked[:, 0] = False  # of a row without any logits there are no shares
     logits[masked] = -torch.inf
     table = table_of(reference)
     neutral = data.draw(st.booleans(), "neutral")
-    routing = PathRouting(Spellings(table, width, longest=16, neutral=neutral), beam, depth)
+    routing = routing_of(table, width, beam, depth, neutral=neutral, pieces=pieces)
     reference.neutral = neutral
     reference.beam, reference.depth = beam, depth
-    found = routed(reference, routing, contexts, strengths, logits)
-    for context, strength, row, shift in zip(contexts, strengths, logits, found, strict=True):
-        torch.testing.assert_close(shift, reference.shift(context, strength, row), atol=2e-4, rtol=1e-4)
+    own = reference.own if pieces else ()
+    spelled = [(), *(node for node in own if reference.pending([*node])[0])]
+    begun = [data.draw(st.sampled_from(spelled), "pending") for _ in contexts]
+    before = [reference.control.logits([7, *context]) for context in contexts]
+    pending = [
+        Pending(place, node_of(routing, node), before[place]) for place, node in enumerate(begun) if node
+    ]
+    found = routed(reference, routing, contexts, strengths, logits, pending=pending)
+    for place, (context, strength, row) in enumerate(zip(contexts, strengths, logits, strict=True)):
+        expected = reference.shift(context, strength, row)
+        if begun[place]:
+            expected = reference.resumed(begun[place], strength * before[place], expected, row)
+        torch.testing.assert_close(found[place], expected, atol=2e-4, rtol=1e-4)
 
 
 FINE, COARSE = ("byte-level", 330, 0), ("byte-level", 900, 0)
@@ -115,13 +142,14 @@ def test_an_expanded_node_decides_between_its_tokens_alone():
     assert (found - without).abs().max() > 1e-3
 
 
-def test_a_control_beside_its_own_template_is_routed_as_by_pm_mined():
-    """Nothing is spelled in pieces, so that nothing further is asked for."""
+@pytest.mark.parametrize("pieces", [False, True])
+def test_a_control_beside_its_own_template_is_routed_as_by_pm_mined(pieces):
+    """Nothing is spelled in pieces, so that nothing further is asked for, and nothing is ever pending."""
     reference = reference_of(FINE, FINE)
     table = table_of(reference)
     width = reference.target.network.config.vocab_size
-    routing = PathRouting(Spellings(table, width, longest=16))
-    assert routing.lookahead == 0
+    routing = routing_of(table, width, pieces=pieces)
+    assert (routing.lookahead, routing.children) == (0, {})
     rows, logits, strengths = torch.randn(2, width), torch.randn(2, width), torch.tensor([1.0, -0.5])
     found = routing.route(rows, strengths, further=lambda asked: pytest.fail(f"asked for {asked}"))
     expected = PmMined(table.mapping, width).route(rows, strengths, further=None)
@@ -135,7 +163,7 @@ def test_the_worked_example_of_the_docs():
         [("S", "u"), ("r", "e"), ("Su", "re"), ("t", "e"), ("te", "a")],
     )
     control = hand_made.encoder([*"Sureta", "ur", "ure"], [("u", "r"), ("ur", "e")])
-    table = build_table(target.vocabulary, control)
+    table = build_table(target, control)
     ids, own = target.vocabulary.ids, control.vocabulary.ids
     shares = {b"S": 0.05, b"Su": 0.03, b"Sure": 0.02, b"tea": 0.9}
     logits = torch.full((1, len(ids)), -torch.inf)
@@ -161,7 +189,7 @@ def test_the_worked_example_of_the_docs():
         b"Sure": 0.094,
         b"tea": 0.529,
     }
-    path = PathRouting(Spellings(table, len(ids), longest=16))
+    path = routing_of(table, len(ids))
     assert shares_under(path) == {b"S": 0.059, b"Su": 0.035, b"Sure": 0.376, b"tea": 0.529}
     assert asked == [(0, [own[b"S"]])]
 
@@ -170,7 +198,7 @@ def test_a_shift_can_be_asked_for_twice():
     """The second answer is the first."""
     reference = reference_of(COARSE, FINE)
     width = reference.target.network.config.vocab_size
-    routing = PathRouting(Spellings(table_of(reference), width, longest=16), 2, 2)
+    routing = routing_of(table_of(reference), width, 2, 2)
     rows, logits = torch.randn(3, width), torch.randn(3, width)
     shift = routing.route(rows, torch.ones(3), lambda asked: torch.randn(len(asked), width))
     first = shift.over(logits, [0, 2, 1]).clone()
@@ -183,7 +211,7 @@ def test_a_request_of_which_something_is_not_finite_is_left_alone(broken):
     """And no other."""
     reference = reference_of(COARSE, FINE)
     width = reference.target.network.config.vocab_size
-    routing = PathRouting(Spellings(table_of(reference), width, longest=16))
+    routing = routing_of(table_of(reference), width)
     rows, logits = torch.randn(2, width), torch.randn(2, width)
     more = torch.randn(2, width)
     (rows, more)[broken][1] = torch.nan
@@ -200,7 +228,7 @@ def test_nodes_whose_tokens_have_no_logits_are_not_expanded():
     reference = reference_of(COARSE, FINE)
     table = table_of(reference)
     width = 600
-    routing = PathRouting(Spellings(table, width, longest=16), 4, 4)
+    routing = routing_of(table, width, 4, 4)
     rows = torch.randn(1, reference.control.network.config.vocab_size)
     shift = routing.route(rows, torch.ones(1), lambda asked: rows.expand(len(asked), -1))
     assert shift.over(torch.randn(1, width), [0]).shape == (1, width)
@@ -213,7 +241,7 @@ def test_a_spelling_that_is_longer_than_the_limit_is_not_followed():
     assert deepest > 2
 
     def lookahead(longest, depth):
-        return PathRouting(Spellings(table, 907, longest=longest), 1, depth).lookahead
+        return routing_of(table, 907, 1, depth, longest=longest).lookahead
 
     assert lookahead(16, deepest) == deepest
     assert [lookahead(longest, deepest) for longest in (0, 1, 2)] == [0, 1, 2]
@@ -225,3 +253,24 @@ def test_a_spelling_that_is_longer_than_the_limit_is_not_followed():
         )
         for rounds in (1, 2)
     ]
+
+
+def test_the_shifts_along_a_spelling_are_that_of_the_whole_token():
+    """Whatever the control tokens beside it get: what is added at its pieces, one step after the other."""
+    reference = reference_of(FINE, COARSE, PiecesReference)
+    width = reference.target.network.config.vocab_size
+    routing = routing_of(table_of(reference), width, pieces=True)
+    spelling = next(node for node in reference.own if len(node) == 3 and not reference.pending([*node])[0])
+    (whole,) = reference.own[spelling]
+    row, later = (reference.control.logits(context) for context in ([1], [2]))
+
+    def shift(row, pending=()):
+        routed = routing.route(row[None], torch.ones(1), lambda asked: row.expand(len(asked), -1), pending)
+        return routed.over(torch.randn(1, width), [0])[0]
+
+    first = shift(row)[spelling[0]]
+    others = [
+        shift(later, [Pending(0, node_of(routing, spelling[:length]), row)])[spelling[length]]
+        for length in (1, 2)
+    ]
+    torch.testing.assert_close(first + sum(others), row[whole], atol=1e-4, rtol=1e-4)

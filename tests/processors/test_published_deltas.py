@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from trimtab_mappings import load_vocabulary
+from trimtab_mappings import load_encoder
 from trimtab_processors.control import Target
 from trimtab_processors.pack import Component, Pack, load_pack
 from trimtab_processors.parameters import Parameters
@@ -126,7 +126,7 @@ def test_a_published_delta_is_a_control_as_it_is(published, tmp_path, routing):
     removes.
     """
     assert load_pack(str(published)) == Pack(components=(Component(model=str(published)),))
-    target = Target("llama", load_vocabulary(str(published)), VOCABULARY, torch.device("cpu"))
+    target = Target("llama", load_encoder(str(published)), VOCABULARY, torch.device("cpu"))
     runtime = Runtime(target, {"alpaca": str(published)}, tables=tmp_path / "tables", cache_bytes=1)
     tokenizer = AutoTokenizer.from_pretrained(published)
     prompt, output = tokenizer(TEXT).input_ids, [400, 31_000]

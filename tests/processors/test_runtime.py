@@ -12,9 +12,9 @@ import torch
 from prometheus_client import REGISTRY
 from transformers import AutoModelForCausalLM
 
-from reference import Model, PathReference, Reference
+from reference import Model, PathReference, PiecesReference, Reference
 from tiny import CONTEXT, Family, sentences
-from trimtab_mappings import load_vocabulary
+from trimtab_mappings import load_encoder
 from trimtab_processors import metrics
 from trimtab_processors.alignment import common_prefix
 from trimtab_processors.control import Target
@@ -59,7 +59,7 @@ class Engine:
 def make_runtime(family: Family, name: str, tables, control=None, **options) -> Runtime:
     model = Model(family.targets[name])
     target = Target(
-        name, load_vocabulary(str(family.targets[name])), model.network.config.vocab_size, torch.device("cpu")
+        name, load_encoder(str(family.targets[name])), model.network.config.vocab_size, torch.device("cpu")
     )
     return Runtime(target, {"control": str(control or family.control)}, tables=tables, **options)
 
@@ -68,6 +68,7 @@ ROUTINGS = {
     "pm-mined": Reference,
     "path": PathReference,
     "path-2x3": partial(PathReference, beam=2, depth=3),
+    "pieces": PiecesReference,
 }
 
 

@@ -15,7 +15,7 @@ from vllm.config import ModelConfig
 from vllm.exceptions import VLLMValidationError
 
 from batch import Batch, Job, configuration
-from reference import Model, PathReference, Reference
+from reference import Model, PathReference, PiecesReference, Reference
 from tiny import sentences
 from trimtab_processors import metrics
 from trimtab_processors.settings import _LOGPROBS_MODE, command_line_logprobs_mode, command_line_settings
@@ -39,12 +39,12 @@ def test_rows_follow_their_requests_through_every_change_of_the_batch(family, tm
     processor = ControlProcessor(config, torch.device("cpu"), False)
     target = Model(family.b)
     control = Model(family.control)
-    references = {"pm-mined": Reference(target, control), "path": PathReference(target, control)}
+    kinds = {"pm-mined": Reference, "path": PathReference, "pieces": PiecesReference}
+    references = {routing: kind(target, control) for routing, kind in kinds.items()}
     rng, batch = random.Random(0), Batch(processor)
     prompts = [target.tokenizer.encode(text) for text in sentences(14, seed=3)]
     waiting = [
-        Job(p, rng.choice([None, 0.5, 1.0, 1.5]), [], routing=rng.choice(["pm-mined", "path"]))
-        for p in prompts
+        Job(p, rng.choice([None, 0.5, 1.0, 1.5]), [], routing=rng.choice([*references])) for p in prompts
     ]
     jobs, preempted = list(waiting), []
     while waiting or preempted or batch.rows:

@@ -139,7 +139,7 @@ def test_a_manifest_is_read(faults, tmp_path):
 @pytest.fixture
 def with_table(check, family, tmp_path):
     """Check model `m` under control `c`; returns what is said of their table. The table is there."""
-    cached_table(load_vocabulary(str(family.b)), load_encoder(str(family.control)), tmp_path / "tables")
+    cached_table(load_encoder(str(family.b)), load_encoder(str(family.control)), tmp_path / "tables")
 
     def told() -> str:
         status, lines, _ = check(models={"m": {"model": str(family.b)}}, controls={"c": str(family.control)})
@@ -163,7 +163,7 @@ def test_a_table_that_is_damaged_will_be_built_anew(with_table, tmp_path):
 
 def test_a_table_of_others_is_told_by_its_fingerprints(with_table, tmp_path, family):
     (path,) = (tmp_path / "tables").iterdir()
-    cached_table(load_vocabulary(str(family.c)), load_encoder(str(family.control)), tmp_path / "others")
+    cached_table(load_encoder(str(family.c)), load_encoder(str(family.control)), tmp_path / "others")
     (other,) = (tmp_path / "others").iterdir()
     shutil.copy(other, path)
     assert "built anew at start" in with_table()

@@ -121,7 +121,7 @@ def test_true_means_the_only_control_where_there_is_no_default(start, pack):
         (
             {"name": "one", "routing": "straight"},
             "control.routing",
-            "should be 'pm-mined' or 'path', got 'straight'",
+            "should be 'pm-mined', 'path' or 'pieces', got 'straight'",
         ),
         ({"name": "one", "strength": 10.01}, "control.strength", "less than or equal to 10"),
         ({"name": "one", "strength": -11}, "control.strength", "greater than or equal to -10"),

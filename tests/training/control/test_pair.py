@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 from typer.testing import CliRunner
 
 import tiny
-from trimtab_mappings import load_tokenizer, load_vocabulary
+from trimtab_mappings import load_encoder, load_tokenizer
 from trimtab_processors.control import Target
 from trimtab_processors.pack import load_pack
 from trimtab_processors.parameters import Parameters
@@ -107,9 +107,9 @@ def test_each_half_is_a_plain_training(make_pair, template):
 
 def shift_of(pack: Path, target: Path, prompt: tuple[int, ...], tables: Path) -> torch.Tensor:
     """What the server's runtime adds to the logits of a target."""
-    vocabulary = load_vocabulary(str(target))
-    width = len(vocabulary.tokens)
-    steered = Target("target", vocabulary, width, torch.device("cpu"))
+    encoder = load_encoder(str(target))
+    width = len(encoder.vocabulary)
+    steered = Target("target", encoder, width, torch.device("cpu"))
     runtime = Runtime(steered, {"pair": str(pack)}, tables=tables)
     request = runtime.open(Parameters(control="pair", prompt=prompt, routing="pm-mined"), list(prompt), [])
     logits = torch.zeros(1, width)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import tiny
-from trimtab_mappings import load_tokenizer, load_vocabulary
+from trimtab_mappings import load_encoder, load_tokenizer
 from trimtab_processors.control import Control, Target
 from trimtab_processors.pack import load_pack
 from trimtab_server.cli import app
@@ -49,7 +49,7 @@ def test_a_recipe_becomes_a_pack_that_is_served(make_recipe, template, tmp_path)
     other = tmp_path / "target"
     tokenizer = tiny.metaspace(500)
     tiny.save(other, tokenizer, tiny.llama(len(tokenizer)))
-    target = Target("target", load_vocabulary(str(other)), len(tokenizer), torch.device("cpu"))
+    target = Target("target", load_encoder(str(other)), len(tokenizer), torch.device("cpu"))
     control = Control(
         "brief",
         str(recipe.output_dir),

@@ -86,7 +86,7 @@ def recipe(**changes) -> EvalRecipe:
         ({"strengths": "[0, 1, 1]"}, "`strengths`: 1.0 is listed twice"),
         ({"strengths": "[]"}, "`strengths`: Value should have at least 1 item"),
         ({"strengths": "11"}, "`strengths.0`: Input should be less than or equal to 10"),
-        ({"routings": "[paths]"}, "`routings.0`: Input should be 'pm-mined' or 'path', got 'paths'"),
+        ({"routings": "[paths]"}, "`routings.0`: Input should be 'pm-mined', 'path' or 'pieces', got"),
         ({"groups": "[{name: g, questions: [], scores: refuses}]"}, "there are no questions"),
         ({"groups": "[{name: g, questions: [a], scores: refuse}]"}, "`groups.0.scores.0`: Input should be"),
         ({"groups": "[{name: g, questions: [a], score: refuses}]"}, "Did you mean `scores`?"),

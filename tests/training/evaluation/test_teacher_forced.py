@@ -68,7 +68,7 @@ class Encoded:
         yield []
         for length in range(1, len(generated) + 1):
             text = b"".join(self.target.bytes[token] or b"" for token in generated[:length])
-            yield self.tokenize(text[: len(text) - len(unfinished(text))])
+            yield self.texts.tokenize(text[: len(text) - len(unfinished(text))])
 
 
 class EncodedPlain(Encoded, Reference):

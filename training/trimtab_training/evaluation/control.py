@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from trimtab_mappings import Vocabulary, load_tokenizer, load_vocabulary
+from trimtab_mappings import Vocabulary, load_encoder, load_tokenizer
 from trimtab_mappings.vocabulary import VocabularyError
 from trimtab_processors.alignment import Aligner
 from trimtab_processors.control import Target
@@ -50,14 +50,14 @@ class LoadedControl:
         try:
             pack = load_pack(location)
             self._tokenizer = load_tokenizer(pack.components[0].model)
-            vocabulary = load_vocabulary(target.name)
-            steered = Target(target.name, vocabulary, target.width, target.device)
+            encoder = load_encoder(target.name)
+            steered = Target(target.name, encoder, target.width, target.device)
             self.runtime = Runtime(steered, {_NAME: location}, tables=tables.expanduser(), kl_every=0)
         except (PackError, VocabularyError) as error:
             raise RecipeError(f"`control`: {error}") from error
         self._template = pack.chat_template
         (self._control,) = self.runtime.controls
-        self._prefixes = self._encoding_aligner(vocabulary)
+        self._prefixes = self._encoding_aligner(encoder.vocabulary)
 
     def encode(self, chat: Chat | None) -> list[int] | None:
         """A conversation in the control's own chat template; None if there is none: the control then reads

@@ -5,17 +5,19 @@ pure functions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from trimtab_mappings import cached_table, load_encoder, load_vocabulary
+from trimtab_mappings import cached_table, load_encoder
+from trimtab_mappings.trie import ROOT
 from trimtab_processors.control import MOST_LOOKAHEAD
-from trimtab_processors.pack import PM_MINED, beam_of, load_pack
+from trimtab_processors.pack import PIECES, PM_MINED, beam_of, load_pack
 from trimtab_processors.path_routing import PathRouting, Spellings
+from trimtab_processors.pieces import Pending, Pieces
 from trimtab_processors.routing import PmMined, Routing
 from trimtab_training.evaluation.control import Setting
 from trimtab_training.evaluation.target import LoadedTarget
@@ -27,9 +29,10 @@ class SlowReference:
     def __init__(self, target: LoadedTarget, location: str, tables: Path) -> None:
         pack = load_pack(location)
         self._target = target
-        self._vocabulary = load_vocabulary(target.name)
+        served = load_encoder(target.name)
+        self._vocabulary = served.vocabulary
         self._encoder = load_encoder(pack.components[0].model)
-        self._table = cached_table(self._vocabulary, self._encoder, tables)
+        self._table = cached_table(served, self._encoder, tables)
         self._components = [
             (AutoModelForCausalLM.from_pretrained(component.model, dtype=torch.float32), component.weight)
             for component in pack.components
@@ -39,10 +42,14 @@ class SlowReference:
         self, prompt: Sequence[int], control_prompt: Sequence[int], answer: Sequence[int], setting: Setting
     ) -> Iterator[Tensor]:
         """The controlled logits before each token of `answer`: float32 [target vocabulary]."""
+        routing = self._routing(setting.routing or PM_MINED)
         for position in range(len(answer)):
             said = answer[:position]
             own = _last_row(self._target.model, [*prompt, *said])[: self._target.width]
-            yield own + self._shift([*control_prompt, *self.encode(said)], own, setting)
+            node, begun = _pending(said, routing.children)
+            contexts = [[*control_prompt, *self.encode(text)] for text in (said, said[:begun])]
+            pending = [] if node is None else [Pending(0, node, self._row(contexts[1]))]
+            yield own + self._shift(routing, contexts[0], pending, own, setting.strength)
 
     def encode(self, tokens: Sequence[int]) -> list[int]:
         """What a target said, in the control's tokens: the text between two special tokens is encoded whole.
@@ -61,13 +68,18 @@ class SlowReference:
                 run += self._vocabulary.tokens[token]
         return [*encoded, *self._encoder.encode(run)[0]]
 
-    def _shift(self, context: Sequence[int], own: Tensor, setting: Setting) -> Tensor:
+    def _shift(
+        self,
+        routing: Routing,
+        context: Sequence[int],
+        pending: Sequence[Pending],
+        own: Tensor,
+        strength: float,
+    ) -> Tensor:
         def further(asked: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
             return torch.stack([self._row([*context, *path]) for _, path in asked])
 
-        routed = self._routing(setting.routing or PM_MINED).route(
-            self._row(context)[None], torch.tensor([setting.strength]), further
-        )
+        routed = routing.route(self._row(context)[None], torch.tensor([strength]), further, pending)
         return routed.over(own[None], [0])[0]
 
     def _row(self, context: Sequence[int]) -> Tensor:
@@ -80,7 +92,19 @@ class SlowReference:
             return PmMined(self._table.mapping, self._target.width)
         window = min(model.config.max_position_embeddings for model, _ in self._components)
         longest = min(MOST_LOOKAHEAD, window // 4)
-        return PathRouting(Spellings(self._table, self._target.width, longest=longest), *beam_of(name))
+        spellings = Spellings(self._table, self._target.width, longest=longest)
+        pieces = Pieces(self._table, self._target.width) if name == PIECES else None
+        return PathRouting(spellings, *beam_of(name), pieces)
+
+
+def _pending(said: Sequence[int], children: Mapping[tuple[int, int], int]) -> tuple[int | None, int]:
+    """The node to which the last tokens lead, None if there is none, and how many tokens are before them."""
+    node, begun = ROOT, 0
+    for place, token in enumerate(said):
+        if node < 0 or (node, token) not in children:
+            node, begun = ROOT, place
+        node = children.get((node, token), ROOT)
+    return (node, begun) if node >= 0 else (None, len(said))
 
 
 @torch.no_grad()

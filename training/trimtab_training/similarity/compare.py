@@ -97,7 +97,7 @@ def compare(
     places = list(permutations(range(len(readers)), 2))
     tables = {
         (source, target): cached_table(
-            readers[target].vocabulary, readers[source].encoder, recipe.tables.expanduser()
+            readers[target].encoder, readers[source].encoder, recipe.tables.expanduser()
         )
         for source, target in places
     }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel,
 from trimtab_mappings import ByteEncoder, MappingTable, build_table, load_tokenizer, read_vocabulary
 from trimtab_processors.alignment import Aligner, Alignment
 from trimtab_processors.control import MOST_LOOKAHEAD
-from trimtab_processors.pack import DEFAULT_ROUTING, PM_MINED, beam_of
+from trimtab_processors.pack import DEFAULT_ROUTING, PIECES, PM_MINED, beam_of
 from trimtab_processors.path_routing import PathRouting, Spellings
+from trimtab_processors.pieces import Pending, Pieces
 from trimtab_processors.routing import PmMined, Routing
 from trimtab_training.control.examples import View, collate
 from trimtab_training.control.reference import answer_logits
@@ -26,6 +28,7 @@ ROUTINGS = {
     "pm-mined": ("pm-mined", PM_MINED),
     "first-segment": ("first-segment", PM_MINED),
     "path": ("pm-mined", "path"),
+    "pieces": ("pm-mined", PIECES),
 }
 """Of each way to a target's tokens the strategy of its table, and the routing."""
 RowsAfter = Callable[[Sequence[Sequence[int]]], Tensor]
@@ -51,13 +54,43 @@ def make_routing(name: str, table: MappingTable, width: int) -> Routing:
     """A routing of the control runtime by its name, for logits of `width` columns."""
     if name == PM_MINED:
         return PmMined(table.mapping, width)
-    return PathRouting(Spellings(table, width, longest=MOST_LOOKAHEAD), *beam_of(name))
+    spellings = Spellings(table, width, longest=MOST_LOOKAHEAD)
+    pieces = Pieces(table, width) if name == PIECES else None
+    return PathRouting(spellings, *beam_of(name), pieces)
+
+
+class Context(NamedTuple):
+    """A control's context, and what is pending at its end."""
+
+    tokens: list[int]
+    node: int | None
+    """The node of the spelling that is pending; None where none is."""
+    before: list[int]
+    """The context before that spelling."""
+
+
+class Following:
+    """The control's context of a text that grows by a target's tokens."""
+
+    def __init__(self, aligner: Aligner, prompt: Sequence[int], routing: Routing) -> None:
+        self._alignment = Alignment(aligner, prompt, routing.children)
+        self._past: list[list[int]] = []
+
+    def context(self) -> Context:
+        node, begun = self._alignment.pending, self._alignment.begun
+        tokens = list(self._alignment.tokens)
+        return Context(tokens, node, tokens if node is None else self._past[begun])
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            self._past.append(list(self._alignment.tokens))
+            self._alignment.extend([token])
 
 
 def shift_of(
     routing: Routing,
     rows_after: RowsAfter,
-    contexts: Sequence[Sequence[int]],
+    contexts: Sequence[Context],
     logits: Tensor,
     strength: float,
 ) -> Tensor:
@@ -72,10 +105,14 @@ def shift_of(
     """
 
     def further(asked: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
-        return rows_after([[*contexts[place], *path] for place, path in asked])
+        return rows_after([[*contexts[place].tokens, *path] for place, path in asked])
 
+    held = [(place, node) for place, context in enumerate(contexts) if (node := context.node) is not None]
+    before = rows_after([contexts[place].before for place, _ in held]) if held else ()
+    pending = [Pending(place, node, row) for (place, node), row in zip(held, before, strict=True)]
     strengths = torch.full((len(contexts),), strength)
-    return routing.route(rows_after(contexts), strengths, further).over(logits, range(len(contexts)))
+    rows = rows_after([context.tokens for context in contexts])
+    return routing.route(rows, strengths, further, pending).over(logits, range(len(contexts)))
 
 
 @torch.no_grad()
@@ -91,12 +128,14 @@ def last_rows(model: PreTrainedModel, contexts: Sequence[Sequence[int]]) -> Tens
     return torch.cat(rows)
 
 
-def contexts_before(aligner: Aligner, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[list[int]]:
+def contexts_before(
+    aligner: Aligner, prompt: Sequence[int], tokens: Sequence[int], routing: Routing
+) -> Iterator[Context]:
     """The control's context before each of a target's `tokens`, which follow its own `prompt`."""
-    context = Alignment(aligner, prompt)
+    following = Following(aligner, prompt, routing)
     for token in tokens:
-        yield list(context.tokens)
-        context.extend([token])
+        yield following.context()
+        following.extend([token])
 
 
 class Steered:
@@ -104,14 +143,16 @@ class Steered:
 
     def __init__(self, target: Loaded, control: Loaded, routing: str = DEFAULT_ROUTING) -> None:
         """Args: routing: one of `ROUTINGS`."""
-        strategy, name = ROUTINGS[routing]
+        strategy, routing_name = ROUTINGS[routing]
         self._target = target
         self._control = control
-        vocabulary = read_vocabulary(target.tokenizer, name="target")
-        encoder = ByteEncoder(control.tokenizer, read_vocabulary(control.tokenizer, name="control"))
-        table = build_table(vocabulary, encoder, strategy)
-        self._aligner = Aligner(vocabulary, encoder, table)
-        self._routing = make_routing(name, table, target.model.config.vocab_size)
+        served, encoder = (
+            ByteEncoder(loaded.tokenizer, read_vocabulary(loaded.tokenizer, name=name))
+            for loaded, name in ((target, "target"), (control, "control"))
+        )
+        table = build_table(served, encoder, strategy)
+        self._aligner = Aligner(served.vocabulary, encoder, table)
+        self._routing = make_routing(routing_name, table, target.model.config.vocab_size)
 
     def generate(
         self,
@@ -133,7 +174,7 @@ class Steered:
         width = max(map(len, prompts))
         ids = torch.tensor([[*[pad_id] * (width - len(prompt)), *prompt] for prompt in prompts])
         mask = torch.tensor([[*[0] * (width - len(prompt)), *[1] * len(prompt)] for prompt in prompts])
-        contexts = [Alignment(self._aligner, prompt) for prompt in control_prompts]
+        contexts = [Following(self._aligner, prompt, self._routing) for prompt in control_prompts]
         steering = _Steering(self._shift, contexts, width=width, strength=strength)
         with torch.no_grad():
             output = self._target.model.generate(
@@ -162,7 +203,7 @@ class Steered:
             contexts = [
                 context
                 for view, prompt in zip(views, control_prompts, strict=True)
-                for context in contexts_before(self._aligner, prompt, view.targets)
+                for context in contexts_before(self._aligner, prompt, view.targets, self._routing)
             ]
             logits = logits + self._shift(contexts, logits, strength)
         targets = torch.tensor([token for view in views for token in view.targets])
@@ -171,7 +212,7 @@ class Steered:
             [part.sum() for part in torch.split(losses, [len(view.positions) for view in views])]
         )
 
-    def _shift(self, contexts: list[list[int]], logits: Tensor, strength: float) -> Tensor:
+    def _shift(self, contexts: Sequence[Context], logits: Tensor, strength: float) -> Tensor:
         """What is added to `logits`, float32 [contexts, target vocabulary]."""
         return shift_of(self._routing, partial(last_rows, self._control.model), contexts, logits, strength)
 
@@ -186,8 +227,8 @@ class _Steering(LogitsProcessor):
 
     def __init__(
         self,
-        shift: Callable[[list[list[int]], Tensor, float], Tensor],
-        contexts: Sequence[Alignment],
+        shift: Callable[[Sequence[Context], Tensor, float], Tensor],
+        contexts: Sequence[Following],
         *,
         width: int,
         strength: float,
@@ -202,5 +243,5 @@ class _Steering(LogitsProcessor):
         for context, new in zip(self._contexts, input_ids[:, self._seen :].tolist(), strict=True):
             context.extend(new)
         self._seen = input_ids.shape[1]
-        contexts = [context.tokens for context in self._contexts]
+        contexts = [context.context() for context in self._contexts]
         return scores + self._shift(contexts, scores, self._strength)
