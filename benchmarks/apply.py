@@ -25,7 +25,7 @@ from torch import Tensor
 
 from trimtab_mappings import ByteEncoder, MappingTable, build_table, load_encoder
 from trimtab_processors.path_routing import PathRouting, Spellings
-from trimtab_processors.pieces import Pieces
+from trimtab_processors.pieces import PieceShifts
 from trimtab_processors.routing import PmMined, Routing
 from trimtab_processors.shift import add_shift
 from vocabularies import real
@@ -100,7 +100,7 @@ def measure(
         return median_ms(lambda: add_shift(logits, places, shift.over(logits, places)), rounds, device)
 
     path = PathRouting(spellings)
-    pieces = PathRouting(spellings, pieces=Pieces(spelled, width, device=device))
+    pieces = PathRouting(spellings, pieces=PieceShifts(spelled, width, device=device))
     pm_mined = PmMined(spelled.mapping, width, device=device)
     return {
         "pm_mined_ms": timed(pm_mined, rows),

@@ -317,12 +317,12 @@ class PathReference(Reference):
         row = self.row(context)
         firsts = [self.spellings.get(token, [near])[0] for token, near in enumerate(self.mapping)]
         shift = strength * self.routed(row, firsts)
-        shift = self.firsts(shift, strength * row)
+        first = shift = self.firsts(shift, strength * row)
         reached = {node: float(row[node[0]]) for node in self.nodes if not self.above(node)}
         for _ in range(self.depth):
             for node in sorted(reached, key=lambda node: -reached[node])[: self.beam]:
                 sum_, row = reached.pop(node), self.row([*context, *node])
-                shift = shift + self.decision(node, strength * row, logits)
+                shift = shift + self.decision(node, strength * row, logits + first)
                 below = [other for other in self.nodes if self.above(other) == node]
                 reached |= {other: sum_ + float(row[other[len(node)]]) for other in below}
         return shift
@@ -378,7 +378,7 @@ class PiecesReference(PathReference):
 
     @cached_property
     def ranks(self) -> dict[int, int]:
-        return {token: rank for rank, token in enumerate(sorted(self.texts.spelled.values()))}
+        return {token: rank for rank, token in enumerate(sorted(token for token, _ in self.control.pieces))}
 
     def mean(self, node: Spelling, scaled: torch.Tensor) -> float:
         """Of all that goes through a node of these spellings: the more likely a token, the more it counts."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trimtab_mappings.encoder import ByteEncoder
 
 LEAF = ROOT - 1
-"""Where a spelling ends and none goes on, in `PieceTrie.children`."""
+"""In `PieceTrie.children`: a spelling ends here, and no longer one begins with it."""
 _FLATNESS = 50
 """What is added to a token's rank: the likelihoods of the first tokens are alike."""
 
@@ -54,10 +54,10 @@ class PieceTrie(NamedTuple):
 
 def build_pieces(target: ByteEncoder, control: ByteEncoder) -> PieceTrie:
     """Spell the control's tokens that the target lacks, each as the target's tokenizer does by itself."""
-    own, lacking = control.vocabulary.ids, target.vocabulary.ids
-    coarse = [token for token in own if token and token not in lacking]
+    own = control.vocabulary.ids
+    coarse = [token for token in own if token not in target.vocabulary.ids]
     spellings = {
-        tuple(spelling): token
+        tuple(spelling)
         for token, spelling in zip(coarse, target.encode_all(coarse), strict=True)
         if len(spelling) > 1 and target.join(spelling) == token
     }
@@ -69,7 +69,8 @@ def build_pieces(target: ByteEncoder, control: ByteEncoder) -> PieceTrie:
         path: [own[text]] if text in own else pieces[text] if control.join(pieces[text]) == text else []
         for path, text in texts.items()
     }
-    return _arranged(paths, said, _ranks(own.values()))
+    tokens = enumerate(control.vocabulary.tokens)
+    return _arranged(paths, said, _ranks(token_id for token_id, token in tokens if token))
 
 
 def _paths(spellings: Iterable[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
@@ -123,14 +124,13 @@ def pieces_fault(trie: PieceTrie, target_size: int, control_size: int) -> str | 
     nodes, entries = len(trie.tokens), len(trie.entries)
     if len(trie.weights) != entries or any(len(column) != nodes for column in trie[2:]):
         return "the columns of the pieces are of different lengths"
-    if entries and not (trie.entries.min() >= 0 and trie.entries.max() < control_size):
-        return "the pieces name control tokens that there are not"
+    for name, ids, size in (("entries", trie.entries, control_size), ("tokens", trie.tokens, target_size)):
+        if len(ids) and not 0 <= ids.min() <= ids.max() < size:
+            return f"pieces_{name} has ids from {ids.min()} to {ids.max()}, expected 0 to {size - 1}"
     if not (np.isfinite(trie.weights) & (trie.weights > 0)).all():
-        return "the weights of the pieces are not positive"
-    if nodes and not (trie.tokens.min() >= 0 and trie.tokens.max() < target_size):
-        return "the pieces name target tokens that there are not"
+        return "pieces_weights are not all positive numbers"
     inside = (trie.starts >= 0) & (trie.starts < trie.ends) & (trie.ends <= entries)
     above = (trie.parents >= ROOT) & (trie.parents < np.arange(nodes))
     if not (inside & above & np.isin(trie.owned, (0, 1))).all():
-        return "the nodes of the pieces are not nodes of its control tokens"
+        return "the nodes of the pieces are not nodes of their control tokens"
     return None

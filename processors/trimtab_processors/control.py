@@ -11,9 +11,9 @@ from torch import Tensor
 from trimtab_mappings import ByteEncoder, Vocabulary, cached_table, load_encoder, load_vocabulary
 from trimtab_processors.alignment import Aligner
 from trimtab_processors.model import CachedSequence, ControlModel
-from trimtab_processors.pack import DEFAULT_ROUTING, PackError, beam_of, load_pack
+from trimtab_processors.pack import DEFAULT_ROUTING, PIECES, PM_MINED, PackError, beam_of, load_pack
 from trimtab_processors.path_routing import PathRouting, Spellings
-from trimtab_processors.pieces import Pieces
+from trimtab_processors.pieces import PieceShifts
 from trimtab_processors.routing import PmMined, Routing
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Control:
             device=target.device,
         )
         beam = beam_of(self.default_routing)
-        pieces = Pieces(table, target.width, device=target.device)
+        pieces = PieceShifts(table, target.width, logits=self.vocab_size, device=target.device)
         self._path = PathRouting(spellings, *beam)
         self._pieces = PathRouting(spellings, *beam, pieces)
         self._beginning = [*vocabulary.roles.get("bos", ()), *vocabulary.roles.get("eos", ())]
@@ -130,7 +130,7 @@ class Control:
                 )
 
     def _require_logits(self) -> None:
-        used = (self.table.mapping, self.table.segment_ids, self.table.pieces.entries)
+        used = (self.table.mapping, self.table.segment_ids)
         if (highest := max(int(ids.max(initial=-1)) for ids in used)) >= self.vocab_size:
             raise PackError(
                 f"control {self.name!r}: its tokenizer has token {highest}, but its model only"
@@ -159,13 +159,10 @@ class Control:
 
     def routing_of(self, parameters: Parameters) -> Routing:
         """How the shift that a request gets reaches the target's tokens."""
-        match parameters.routing or self.default_routing:
-            case "pm-mined":
-                return self.pm_mined
-            case "pieces":
-                return self._pieces
-            case _:
-                return self._path
+        name = parameters.routing or self.default_routing
+        if name == PM_MINED:
+            return self.pm_mined
+        return self._pieces if name == PIECES else self._path
 
     def prompt(self, target_prompt: Sequence[int], own: Sequence[int] | None) -> list[int]:
         """The control's prompt: `own` where a client has rendered it, else the text of the target's prompt.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trimtab_mappings import MappingTable
-    from trimtab_processors.pieces import Pending, Pieces, Waiting
+    from trimtab_processors.pieces import Continuations, PendingSpelling, PieceShifts
     from trimtab_processors.routing import Further
 
 _UNUSED = ROOT - 1
@@ -136,7 +136,7 @@ class PathRouting:
     """
 
     def __init__(
-        self, spellings: Spellings, beam: int = 1, depth: int = 1, pieces: Pieces | None = None
+        self, spellings: Spellings, beam: int = 1, depth: int = 1, pieces: PieceShifts | None = None
     ) -> None:
         """Expand `beam` nodes in each of `depth` rounds, for every request.
 
@@ -153,7 +153,7 @@ class PathRouting:
         self.beam, self.depth = beam, depth
 
     def route(
-        self, rows: Tensor, strengths: Tensor, further: Further, pending: Sequence[Pending] = ()
+        self, rows: Tensor, strengths: Tensor, further: Further, pending: Sequence[PendingSpelling] = ()
     ) -> PathShift:
         nodes, expanded = self._spellings, []
         entered = rows.index_select(1, nodes.entries)
@@ -173,8 +173,8 @@ class PathRouting:
         values, finite = scaled(nodes.first.shift(rows), strengths)
         waiting = None
         if self._pieces is not None:
-            finite = finite & self._pieces.lift(values, rows, strengths)
-            waiting = self._pieces.waiting(pending, strengths) if pending else None
+            finite = finite & self._pieces.shift_first_pieces(values, rows, strengths)
+            waiting = self._pieces.continuations(pending, strengths) if pending else None
         return PathShift(values, finite, expanded, waiting)
 
     def _reach(self, sums: Tensor, places: Tensor, chosen: Tensor, rows: Tensor) -> None:
@@ -195,7 +195,7 @@ class PathShift:
         values: Tensor,
         finite: Tensor,
         expanded: Sequence[tuple[Tensor, Expanded]],
-        waiting: Waiting | None = None,
+        waiting: Continuations | None = None,
     ) -> None:
         """Put a shift together.
 
@@ -231,7 +231,8 @@ class PathShift:
 
     def over(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
         places = torch.tensor(rows, device=logits.device)[self._requests]
-        own = logits[places, self._tokens].float()
+        # first pieces have shifts of their own, which count for what a node's tokens are likely without it
+        own = logits[places, self._tokens].float() + self._before
         grown = self._log_sums(own + self._going_on) - self._log_sums(own)
         # a grammar that masks all tokens of a node leaves nothing to decide there
         kept = self._going_on - torch.where(grown.isfinite(), grown, 0.0)[self._nodes]
@@ -241,10 +242,10 @@ class PathShift:
         values[self._places] = self._before
         values.index_add_(0, self._places, kept)
         if self._waiting is not None:
-            self._go_on(self._waiting, logits, rows)
+            self._shift_pending(self._waiting, logits, rows)
         return self._values
 
-    def _go_on(self, waiting: Waiting, logits: Tensor, rows: Sequence[int]) -> None:
+    def _shift_pending(self, waiting: Continuations, logits: Tensor, rows: Sequence[int]) -> None:
         """Shift the tokens that go on with pending spellings, and all others together against them.
 
         Those others keep the shifts that they have, and together the probability that the control's end of

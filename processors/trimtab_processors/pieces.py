@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trimtab_mappings import MappingTable
 
 
-class Pending(NamedTuple):
+class PendingSpelling(NamedTuple):
     """A request whose last tokens begin some of the control's, and may go on with them."""
 
     place: int
@@ -32,7 +32,7 @@ class Pending(NamedTuple):
     """float32 [control vocabulary]: what the control said before them."""
 
 
-class Waiting(NamedTuple):
+class Continuations(NamedTuple):
     """What p pending requests get: m tokens that go on with a spelling, and all others together."""
 
     places: Tensor
@@ -47,12 +47,28 @@ class Waiting(NamedTuple):
     """float32 [p]: what the others get for ending the spelling where it is."""
 
 
-class Pieces:
+class PieceShifts:
     """The trie of a mapping table's pieces, where the logits live: n nodes, above m entries."""
 
-    def __init__(self, table: MappingTable, width: int, *, device: torch.device | None = None) -> None:
-        """Prepare the trie for logits of `width` columns."""
+    def __init__(
+        self,
+        table: MappingTable,
+        width: int,
+        *,
+        logits: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Prepare the trie.
+
+        Args:
+            table: the mapping table.
+            width: the columns of the target's logits.
+            logits: those of the control; tokens past them count for nothing. None: all tokens have one.
+            device: where rows and logits live.
+        """
         trie = table.pieces
+        has_logit = trie.entries < (len(table.control_offsets) if logits is None else logits)
+        weights = np.where(has_logit, np.log(trie.weights), -np.inf).astype(np.float32)
         fits = trie.tokens < width
         first = (trie.parents == ROOT) & fits
         owners = np.repeat(np.arange(int(first.sum())), (trie.ends - trie.starts)[first])
@@ -64,10 +80,14 @@ class Pieces:
 
         self.children: Mapping[tuple[int, int], int] = trie.children()
         """The node that follows on a node by a target token, see `PieceTrie.children`."""
-        self._log_weights = torch.from_numpy(trie.weights).log().to(device)
-        self._entries = placed(trie.entries)
+        self._log_weights = torch.from_numpy(weights).to(device)
+        self._entries = placed(np.where(has_logit, trie.entries, 0))
         self._firsts, self._first_owners = placed(trie.tokens[first]), placed(owners)
-        self._below = placed(below)
+        self._first_entries = self._entries[placed(below)]
+        self._first_weights = self._log_weights[placed(below)]
+        """float32 [m]: the logarithms of the weights of the entries below first pieces, which add up to 1."""
+        sums = _log_sums(self._first_weights[None], self._first_owners[None], len(self._firsts))[0]
+        self._first_weights = self._first_weights - sums[self._first_owners]
         self._starts, self._ends = placed(trie.starts), placed(trie.ends)
         self._owned, self._tokens = placed(trie.owned), placed(trie.tokens)
         children = np.flatnonzero((trie.parents != ROOT) & fits)
@@ -77,7 +97,7 @@ class Pieces:
         self._child_counts = placed(counts)
         self._child_starts = placed(np.cumsum(counts) - counts)
 
-    def lift(self, values: Tensor, rows: Tensor, strengths: Tensor) -> Tensor:
+    def shift_first_pieces(self, values: Tensor, rows: Tensor, strengths: Tensor) -> Tensor:
         """Give first pieces what the control says of all its tokens below them.
 
         Args:
@@ -90,13 +110,13 @@ class Pieces:
         """
         if not len(self._firsts):
             return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-        shifts = rows.index_select(1, self._entries[self._below]) * strengths[:, None]
+        shifts = rows.index_select(1, self._first_entries) * strengths[:, None]
         owners = self._first_owners.expand(len(rows), -1)
-        means = _log_means(shifts, self._log_weights[self._below], owners, len(self._firsts))
+        means = _log_sums(shifts + self._first_weights, owners, len(self._firsts))
         values[:, self._firsts] = means
         return means.sum(dim=1).isfinite()
 
-    def waiting(self, pending: Sequence[Pending], strengths: Tensor) -> Waiting:
+    def continuations(self, pending: Sequence[PendingSpelling], strengths: Tensor) -> Continuations:
         """What goes on with pending spellings, and what ends them.
 
         Args:
@@ -114,14 +134,15 @@ class Pieces:
         below = self._child_nodes[self._child_starts[nodes][owners] + within]
         values = self._means(below, owners, rows) - whole[owners]
         ending = torch.where(owned, own - whole, 0.0)
-        return Waiting(places, owners, self._tokens[below], values, ending)
+        return Continuations(places, owners, self._tokens[below], values, ending)
 
     def _means(self, nodes: Tensor, owners: Tensor, rows: Tensor) -> Tensor:
         """float32 [nodes]: what all control tokens below each node get in the row of its owner."""
         of_node, within = _spread(self._ends[nodes] - self._starts[nodes])
         entries = self._starts[nodes][of_node] + within
-        shifts = rows[owners[of_node], self._entries[entries]]
-        return _log_means(shifts[None], self._log_weights[entries], of_node[None], len(nodes))[0]
+        shifts, weights = rows[owners[of_node], self._entries[entries]], self._log_weights[entries]
+        weighted = _log_sums((shifts + weights)[None], of_node[None], len(nodes))[0]
+        return weighted - _log_sums(weights[None], of_node[None], len(nodes))[0]
 
 
 def _spread(counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,23 +152,17 @@ def _spread(counts: Tensor) -> tuple[Tensor, Tensor]:
     return owners, within
 
 
-def _log_means(shifts: Tensor, log_weights: Tensor, owners: Tensor, count: int) -> Tensor:
-    """The logarithm of the weighted mean of exp(`shifts`) of each owner.
+def _log_sums(terms: Tensor, owners: Tensor, count: int) -> Tensor:
+    """The logarithm of the sum of exp(`terms`) of each owner.
 
     Args:
-        shifts: float32 [rows, m].
-        log_weights: float32 [m].
+        terms: float32 [rows, m].
         owners: int64 [rows, m], less than `count`.
         count: the number of owners.
 
     Returns:
         float32 [rows, count].
     """
-    weighted = _log_sums(shifts + log_weights, owners, count)
-    return weighted - _log_sums(log_weights[None], owners[:1], count)
-
-
-def _log_sums(terms: Tensor, owners: Tensor, count: int) -> Tensor:
     most = terms.new_full((len(terms), count), -torch.inf).scatter_reduce(1, owners, terms, "amax")
     sums = torch.zeros_like(most).scatter_add_(1, owners, (terms - most.gather(1, owners)).exp())
     return sums.log() + most

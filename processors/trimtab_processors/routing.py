@@ -19,7 +19,7 @@ from trimtab_processors.shift import scaled
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from trimtab_processors.pieces import Pending
+    from trimtab_processors.pieces import PendingSpelling
 
 Further = Callable[[Sequence[tuple[int, Sequence[int]]]], Tensor]
 """Computes further rows, float32 [asked, control vocabulary]. Each is asked for by the place of a row that
@@ -53,7 +53,7 @@ class Routing(Protocol):
     """The nodes that pending spellings lead to, see `PieceTrie.children`; none where nothing is pending."""
 
     def route(
-        self, rows: Tensor, strengths: Tensor, further: Further, pending: Sequence[Pending] = ()
+        self, rows: Tensor, strengths: Tensor, further: Further, pending: Sequence[PendingSpelling] = ()
     ) -> Shift:
         """Everything that can be done before the target's logits are there.
 
@@ -129,6 +129,6 @@ class PmMined:
         rows: Tensor,
         strengths: Tensor,
         further: Further,  # noqa: ARG002 - of the protocol
-        pending: Sequence[Pending] = (),  # noqa: ARG002
+        pending: Sequence[PendingSpelling] = (),  # noqa: ARG002
     ) -> PlainShift:
         return PlainShift(*scaled(self.shift(rows), strengths))

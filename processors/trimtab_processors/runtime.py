@@ -19,7 +19,7 @@ from trimtab_processors.control import Control, Target
 from trimtab_processors.divergence import Sample, kl_divergence
 from trimtab_processors.model import CachedSequence
 from trimtab_processors.parameters import SEVERAL
-from trimtab_processors.pieces import Pending
+from trimtab_processors.pieces import PendingSpelling
 from trimtab_processors.settings import DEFAULT_CACHE_BYTES, DEFAULT_KL_EVERY
 from trimtab_processors.shift import add_shift, guarded
 
@@ -43,6 +43,15 @@ class Advance(NamedTuple):
     """Computed tokens that a new alignment dropped."""
 
 
+class Before(NamedTuple):
+    """What a control said before the spelling that is pending."""
+
+    begun: int
+    """After how many tokens of output."""
+    row: Tensor | None
+    """float32 [control vocabulary]; None where it had nothing to go on from."""
+
+
 class Request:
     """A request under control, from its first step to its last."""
 
@@ -64,10 +73,9 @@ class Request:
         self._prompt = control.prompt(prompt, parameters.prompt)
         self._alignment = self._align()
         self.last_row: Tensor | None = None
-        """float32 [control vocabulary]: what the control said in the last step."""
-        self._pending_row: Tensor | None = None
-        self._pending_at = -1
-        """After how many tokens of output the control said it."""
+        """float32 [control vocabulary]: what the control said in the last step; None where nobody asks."""
+        self._before: Before | None = None
+        """What the control said before the pending spelling, once it is known."""
         self._dropped = 0
         self._resumed = len(output)
         """Output that it had when it was taken up: counted when it was new."""
@@ -81,11 +89,11 @@ class Request:
             # vLLM takes tokens back where loading a request's KV cache fails.
             self._seen, self._alignment = 0, self._align()
             self._resumed, self.last_row = len(self._output), None
+            self._before = None
         before = self._alignment.counts
         kept = self._alignment.extend(self._output[self._seen :])
         is_new = self._seen >= self._resumed
-        if self._alignment.pending is not None and self._alignment.begun == self._seen:
-            self.hold(self.last_row)
+        self._look_before()
         self._seen = len(self._output)
         tokens, kept = self._window(self._alignment.tokens, kept)
         lost = sum(sequence.change(tokens, kept) for sequence in self.sequences)
@@ -96,38 +104,39 @@ class Request:
             now.tokens - before.tokens, now.exact - before.exact, now.realignments - before.realignments, lost
         )
 
+    def _look_before(self) -> None:
+        """Keep the last step's row where a spelling began behind it; let go of one whose spelling ended."""
+        begun, row = self._alignment.begun, self.last_row
+        if self._alignment.pending is None or (self._before and self._before.begun != begun):
+            self._before = None
+        if self._alignment.pending is not None and begun == self._seen and row is not None:
+            self._before = Before(begun, row.clone())
+
     def _align(self) -> Alignment:
         return Alignment(self.control.aligner, self._prompt, self.routing.children)
 
-    def hold(self, row: Tensor | None) -> None:
-        """Keep `row`, float32 [control vocabulary], which the control said before the pending spelling."""
-        if row is not None:
-            self._pending_row, self._pending_at = row.clone(), self._alignment.begun
-
-    def pending(self, place: int) -> Pending | None:
+    def pending(self, place: int) -> PendingSpelling | None:
         """What is pending, for the request's `place` among the rows of a step."""
-        node, row = self._alignment.pending, self._pending_row
-        if node is None or row is None or self.is_behind:
+        node = self._alignment.pending
+        if node is None or self._before is None or self._before.row is None:
             return None
-        return Pending(place, node, row)
+        return PendingSpelling(place, node, self._before.row)
 
     @property
     def is_behind(self) -> bool:
         """Whether a spelling is pending, and what the control said before it has yet to be computed."""
-        return self._alignment.pending is not None and self._pending_at != self._alignment.begun
+        return self._alignment.pending is not None and self._before is None
 
-    def go_back(self) -> None:
-        """Make the contexts those before the pending spelling, until `come_back`."""
+    def rewind(self) -> None:
+        """Make the contexts those before the pending spelling, until `restore`."""
         alignment = self._align()
         alignment.extend(self._output[: self._alignment.begun])
-        before, _ = self._window(alignment.tokens, 0)
-        self._change(before)
+        self._change(self._cut(alignment.tokens, self._dropped_of(alignment.tokens)))
 
-    def come_back(self) -> None:
-        """Keep the row that was computed, and make the contexts what they were before `go_back`."""
-        self.hold(self.row if self.has_context else None)
-        now, _ = self._window(self._alignment.tokens, 0)
-        self._change(now)
+    def restore(self) -> None:
+        """Keep the row that was computed, and make the contexts what they were before `rewind`."""
+        self._before = Before(self._alignment.begun, self.row if self.has_context else None)
+        self._change(self._cut(self._alignment.tokens, self._dropped))
 
     def _change(self, tokens: list[int]) -> None:
         for sequence in self.sequences:
@@ -135,14 +144,21 @@ class Request:
 
     def _window(self, tokens: list[int], kept: int) -> tuple[list[int], int]:
         """Cut the context to the control's window; `kept` comes back in the coordinates of what is left."""
-        dropped = dropped_tokens(len(tokens), self.control.max_context - self.routing.lookahead)
+        dropped = self._dropped_of(tokens)
         if not dropped and not self._dropped:
             return tokens, kept
         head = int(self.control.keeps_first(tokens))
         if dropped != self._dropped:
             metrics.TRUNCATIONS.labels(*self._labels).inc()
             self._dropped, kept = dropped, min(kept, head)
-        return tokens[:head] + tokens[head + dropped :], max(kept - dropped, min(kept, head))
+        return self._cut(tokens, dropped), max(kept - dropped, min(kept, head))
+
+    def _dropped_of(self, tokens: Sequence[int]) -> int:
+        return dropped_tokens(len(tokens), self.control.max_context - self.routing.lookahead)
+
+    def _cut(self, tokens: list[int], dropped: int) -> list[int]:
+        head = int(self.control.keeps_first(tokens))
+        return tokens[:head] + tokens[head + dropped :] if dropped else tokens
 
     @property
     def has_context(self) -> bool:
@@ -288,10 +304,10 @@ class Runtime:
         if not requests:
             return
         for request in requests:
-            request.go_back()
+            request.rewind()
         self._compute(control, requests)
         for request in requests:
-            request.come_back()
+            request.restore()
 
     def _compute(self, control: Control, requests: Sequence[Request]) -> None:
         """Compute the rows that are missing, in one batch for each of the control's models."""
@@ -309,8 +325,9 @@ class Runtime:
             pending = [held for i, request in enumerate(members) if (held := request.pending(i))]
             further = partial(self._further, control, members)
             shift = routing.route(rows, strengths, further, pending)
-            for request, row in zip(members, rows, strict=True):
-                request.last_row = row
+            if routing.children:
+                for request, row in zip(members, rows, strict=True):
+                    request.last_row = row
             self._steering.append(Steering(control, members, shift))
 
     def _further(

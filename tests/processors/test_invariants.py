@@ -89,9 +89,10 @@ class Steered:
         """That of a job, from its whole context."""
         if not job.strength:
             return torch.zeros(self.width)
-        *_, generated = self.reference.contexts(job.output)
-        context = self.control.prompt(job.prompt, job.own) + generated
-        return self.references[job.routing].shift(context, job.strength, logits)
+        reference = self.references[job.routing]
+        prompt = self.control.prompt(job.prompt, job.own)
+        contexts = [prompt + generated for generated in reference.contexts(job.output)]
+        return reference.shift_after(job.output, contexts, job.strength, logits)
 
     def check(self, rows, logits, shifted, broken=()):
         """Every row of `shifted` is `logits` and its job's shift, computed from nothing; without control, or

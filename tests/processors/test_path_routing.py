@@ -17,7 +17,7 @@ from reference import Model, PathReference, PiecesReference
 from trimtab_mappings import ByteEncoder, build_table, read_vocabulary
 from trimtab_mappings.trie import ROOT
 from trimtab_processors.path_routing import PathRouting, Spellings
-from trimtab_processors.pieces import Pending, Pieces
+from trimtab_processors.pieces import PendingSpelling, PieceShifts
 from trimtab_processors.routing import PmMined
 
 MAKERS = {"byte-level": tiny.byte_level, "metaspace": tiny.metaspace, "byte-fallback": tiny.byte_fallback}
@@ -55,7 +55,7 @@ def table_of(reference: PathReference):
 
 def routing_of(table, width, beam=1, depth=1, *, longest=16, neutral=True, pieces=False):
     spellings = Spellings(table, width, longest=longest, neutral=neutral)
-    return PathRouting(spellings, beam, depth, Pieces(table, width) if pieces else None)
+    return PathRouting(spellings, beam, depth, PieceShifts(table, width) if pieces else None)
 
 
 def routed(reference, routing, contexts, strengths, logits, *, pending=()):
@@ -113,7 +113,9 @@ def test_the_shift_is_that_of_the_formula(kind, target, control, data):
     begun = [data.draw(st.sampled_from(spelled), "pending") for _ in contexts]
     before = [reference.control.logits([7, *context]) for context in contexts]
     pending = [
-        Pending(place, node_of(routing, node), before[place]) for place, node in enumerate(begun) if node
+        PendingSpelling(place, node_of(routing, node), before[place])
+        for place, node in enumerate(begun)
+        if node
     ]
     found = routed(reference, routing, contexts, strengths, logits, pending=pending)
     for place, (context, strength, row) in enumerate(zip(contexts, strengths, logits, strict=True)):
@@ -270,7 +272,7 @@ def test_the_shifts_along_a_spelling_are_that_of_the_whole_token():
 
     first = shift(row)[spelling[0]]
     others = [
-        shift(later, [Pending(0, node_of(routing, spelling[:length]), row)])[spelling[length]]
+        shift(later, [PendingSpelling(0, node_of(routing, spelling[:length]), row)])[spelling[length]]
         for length in (1, 2)
     ]
     torch.testing.assert_close(first + sum(others), row[whole], atol=1e-4, rtol=1e-4)

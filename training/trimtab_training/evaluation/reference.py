@@ -17,7 +17,7 @@ from trimtab_mappings.trie import ROOT
 from trimtab_processors.control import MOST_LOOKAHEAD
 from trimtab_processors.pack import PIECES, PM_MINED, beam_of, load_pack
 from trimtab_processors.path_routing import PathRouting, Spellings
-from trimtab_processors.pieces import Pending, Pieces
+from trimtab_processors.pieces import PendingSpelling, PieceShifts
 from trimtab_processors.routing import PmMined, Routing
 from trimtab_training.evaluation.control import Setting
 from trimtab_training.evaluation.target import LoadedTarget
@@ -48,7 +48,7 @@ class SlowReference:
             own = _last_row(self._target.model, [*prompt, *said])[: self._target.width]
             node, begun = _pending(said, routing.children)
             contexts = [[*control_prompt, *self.encode(text)] for text in (said, said[:begun])]
-            pending = [] if node is None else [Pending(0, node, self._row(contexts[1]))]
+            pending = [] if node is None else [PendingSpelling(0, node, self._row(contexts[1]))]
             yield own + self._shift(routing, contexts[0], pending, own, setting.strength)
 
     def encode(self, tokens: Sequence[int]) -> list[int]:
@@ -72,7 +72,7 @@ class SlowReference:
         self,
         routing: Routing,
         context: Sequence[int],
-        pending: Sequence[Pending],
+        pending: Sequence[PendingSpelling],
         own: Tensor,
         strength: float,
     ) -> Tensor:
@@ -93,7 +93,7 @@ class SlowReference:
         window = min(model.config.max_position_embeddings for model, _ in self._components)
         longest = min(MOST_LOOKAHEAD, window // 4)
         spellings = Spellings(self._table, self._target.width, longest=longest)
-        pieces = Pieces(self._table, self._target.width) if name == PIECES else None
+        pieces = PieceShifts(self._table, self._target.width) if name == PIECES else None
         return PathRouting(spellings, *beam_of(name), pieces)
 
 

@@ -18,7 +18,7 @@ from trimtab_processors.alignment import Aligner, Alignment
 from trimtab_processors.control import MOST_LOOKAHEAD
 from trimtab_processors.pack import DEFAULT_ROUTING, PIECES, PM_MINED, beam_of
 from trimtab_processors.path_routing import PathRouting, Spellings
-from trimtab_processors.pieces import Pending, Pieces
+from trimtab_processors.pieces import PendingSpelling, PieceShifts
 from trimtab_processors.routing import PmMined, Routing
 from trimtab_training.control.examples import View, collate
 from trimtab_training.control.reference import answer_logits
@@ -55,7 +55,7 @@ def make_routing(name: str, table: MappingTable, width: int) -> Routing:
     if name == PM_MINED:
         return PmMined(table.mapping, width)
     spellings = Spellings(table, width, longest=MOST_LOOKAHEAD)
-    pieces = Pieces(table, width) if name == PIECES else None
+    pieces = PieceShifts(table, width) if name == PIECES else None
     return PathRouting(spellings, *beam_of(name), pieces)
 
 
@@ -109,7 +109,7 @@ def shift_of(
 
     held = [(place, node) for place, context in enumerate(contexts) if (node := context.node) is not None]
     before = rows_after([contexts[place].before for place, _ in held]) if held else ()
-    pending = [Pending(place, node, row) for (place, node), row in zip(held, before, strict=True)]
+    pending = [PendingSpelling(place, node, row) for (place, node), row in zip(held, before, strict=True)]
     strengths = torch.full((len(contexts),), strength)
     rows = rows_after([context.tokens for context in contexts])
     return routing.route(rows, strengths, further, pending).over(logits, range(len(contexts)))
