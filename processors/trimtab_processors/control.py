@@ -118,7 +118,7 @@ class Control:
         beam = beam_of(self.default_routing)
         pieces = PieceShifts(table, target.width, logits=self.vocab_size, device=target.device)
         self._path = PathRouting(spellings, *beam)
-        self._pieces = PathRouting(spellings, *beam, pieces)
+        self._pieces = PathRouting(spellings, pieces=pieces)
         self._beginning = [*vocabulary.roles.get("bos", ()), *vocabulary.roles.get("eos", ())]
 
     def _require_one_vocabulary(self, pack: Pack, vocabulary: Vocabulary) -> None:
