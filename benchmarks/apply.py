@@ -2,7 +2,8 @@
 
 Targets have so many of tekken's tokens and, past its 131,072, these with an ending; the control has those of
 Mistral v1. Rows are random, so that each request expands a node of the trie at random; `largest` expands for
-every request the one that most tokens pass. On one thread, or on a GPU.
+every request the one that most tokens pass; with `pieces`, every request has a spelling pending. On one
+thread, or on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from trimtab_mappings import ByteEncoder, MappingTable, build_table, load_encoder
 from trimtab_processors.path_routing import PathRouting, Spellings
-from trimtab_processors.pieces import PieceShifts
+from trimtab_processors.pieces import PendingSpelling, PieceShifts
 from trimtab_processors.routing import PmMined, Routing
 from trimtab_processors.shift import add_shift
 from vocabularies import real
@@ -95,7 +96,10 @@ def measure(
     logits = torch.randn(batch, width, device=device)
 
     def timed(routing: Routing, rows: Tensor) -> float:
-        shift = routing.route(rows, torch.ones(batch, device=device), lambda asked: more[: len(asked)])
+        node = next((node for node in routing.children.values() if node >= 0), None)
+        pending = [] if node is None else [PendingSpelling(i, node, row) for i, row in enumerate(more)]
+        ones = torch.ones(batch, device=device)
+        shift = routing.route(rows, ones, lambda asked: more[: len(asked)], pending)
         places = [*range(batch)]
         return median_ms(lambda: add_shift(logits, places, shift.over(logits, places)), rounds, device)
 
