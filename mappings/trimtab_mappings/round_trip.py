@@ -66,6 +66,8 @@ def _loses_spaces(backend: Tokenizer, tokens: Sequence[bytes], encoding: Encodin
         tokens[i] for i in encoding.ids
     ):  # an unknown token swallows any
         return False
+    if backend.normalizer is None and backend.pre_tokenizer is None:
+        return False  # only what no token spells is lost
     known = {word for word in map(_folded, sentence.split()) if _is_known(backend, tokens, word)}
     return not known <= {*_folded(_join(encoding, tokens)).split()}
 
