@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 DEFAULT_MAX_CONTEXT = 2048
+_loading = threading.Lock()
+"""transformers switches off for all of a process that weights are tied while it loads a model."""
 
 
 @dataclass(eq=False)
@@ -95,9 +98,14 @@ class ControlModel:
         self.location = location
         self.device = device
         try:
-            self._model = AutoModelForCausalLM.from_pretrained(
-                location, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation=NAME
-            )
+            with _loading:
+                self._model = AutoModelForCausalLM.from_pretrained(
+                    location,
+                    dtype=dtype,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    attn_implementation=NAME,
+                )
         except (OSError, ValueError, KeyError) as error:
             raise PackError(f"control model {location!r} can't be loaded: {error}") from error
         self._model.to(device).eval().requires_grad_(False)

@@ -52,7 +52,7 @@ class Steered:
         self.references = {
             "pm-mined": self.reference,
             "path": PathReference(*models, window=CONTEXT, beam=beam, depth=depth),
-            "pieces": PiecesReference(*models, window=CONTEXT, beam=beam, depth=depth),
+            "pieces": PiecesReference(*models, window=CONTEXT),
         }
         self.width = self.reference.target.network.config.vocab_size
         self.bos = self.reference.control.tokenizer.bos_token_id

@@ -15,7 +15,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from trimtab_mappings import load_encoder
 from trimtab_processors.control import Target
@@ -23,6 +29,8 @@ from trimtab_processors.pack import Component, Pack, load_pack
 from trimtab_processors.parameters import Parameters
 from trimtab_processors.runtime import Runtime
 
+TIE_WEIGHTS = PreTrainedModel.tie_weights
+"""As it is when the tests are collected."""
 VOCABULARY = 32_000
 SIZES = {
     "deltamodel-15M": {"hidden_size": 288, "layers": 6, "heads": 6, "ffn": 768, "positions": 256},
@@ -101,8 +109,18 @@ def write_tokenizer(directory):
     write_json(directory / "tokenizer_config.json", roles | settings)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tying():
+    """Let models tie their weights. transformers switches that off while it loads one, for the whole process,
+    and two loads at once, in any test before, may leave it off.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedModel, "tie_weights", TIE_WEIGHTS)
+        yield
+
+
 @pytest.fixture(scope="module", params=SIZES)
-def published(request, tmp_path_factory):
+def published(request, tmp_path_factory, tying):
     """A directory with the published files of one delta."""
     directory = tmp_path_factory.mktemp("published") / request.param
     directory.mkdir()
@@ -110,7 +128,6 @@ def published(request, tmp_path_factory):
     write_tokenizer(directory)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**config(request.param))).to(torch.bfloat16)
-    model.tie_weights()  # transformers leaves that out after a load that failed anywhere in the process
     assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(
         WEIGHTS[request.param], rel=1e-2
     )
