@@ -1,7 +1,7 @@
-"""What a control saves: a LoRA of a target, trained on the data of a control's recipe.
+"""The cost that a control saves: trains a LoRA of a target on the data of a control's recipe.
 
 The target learns the same answers, and to keep its own ones to the questions that the control retains. Unlike
-the control's training this needs the target itself, and is done anew for every target.
+the control's training this needs the target itself, and is repeated for every target.
 
 `python benchmarks/lora.py recipe.yaml DIRECTORY --template.model_name_or_path=TARGET`; other keys of the
 recipe may follow in the same way.

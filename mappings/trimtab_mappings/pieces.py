@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LEAF = ROOT - 1
 """In `PieceTrie.children`: a spelling ends here, and no longer one begins with it."""
 _FLATNESS = 50
-"""What is added to a token's rank: the likelihoods of the first tokens are alike."""
+"""Added to a token's rank, so that the first tokens have similar weights."""
 
 
 class PieceTrie(NamedTuple):
@@ -114,7 +114,7 @@ def _arranged(
 
 
 def pieces_fault(trie: PieceTrie, target_size: int, control_size: int) -> str | None:
-    """What is wrong with a trie that was read from a file; None where nothing is.
+    """Return the fault of a trie that was read from a file; None if it has none.
 
     Args:
         trie: what was read.

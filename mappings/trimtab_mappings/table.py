@@ -92,7 +92,7 @@ class MappingTable:
     trie: Trie
     """Where the segments of the target's tokens part."""
     pieces: PieceTrie
-    """How the target spells the control's tokens that it lacks."""
+    """The control tokens that the target does not have, spelled in target tokens."""
     strategy: str
     """How tokens that the control does not have were mapped: a key of `STRATEGIES`."""
     target_name: str

@@ -5,9 +5,9 @@ are a control token is appended as that token; after any other token the generat
 After every step the control's text is the target's text, but for an incomplete UTF-8 sequence at its end,
 which waits.
 
-Where a routing reads the control's tokens as spelled in the target's, a spelling may be *pending*: the last
-tokens of the target begin tokens of the control. What goes on with it is read off what the control said
-before them, and the text is tokenized anew, so that the whole token comes into the context.
+With the routing `pieces`, a spelling may be *pending*: the target's last tokens are the first pieces of a
+control token. When the target continues the spelling, the text is tokenized again, so that the context gets
+the whole control token.
 """
 
 from __future__ import annotations

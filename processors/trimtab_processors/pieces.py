@@ -98,7 +98,7 @@ class PieceShifts:
         self._child_starts = placed(np.cumsum(counts) - counts)
 
     def shift_first_pieces(self, values: Tensor, rows: Tensor, strengths: Tensor) -> Tensor:
-        """Give first pieces what the control says of all its tokens below them.
+        """Give each first piece the mean shift of all control tokens that begin with it.
 
         Args:
             values: float32 [requests, target vocabulary], the shift of first tokens, scaled; changed by this.
@@ -117,7 +117,7 @@ class PieceShifts:
         return means.sum(dim=1).isfinite()
 
     def continuations(self, pending: Sequence[PendingSpelling], strengths: Tensor) -> Continuations:
-        """What goes on with pending spellings, and what ends them.
+        """Compute the shifts of the tokens that continue pending spellings, and of those that end them.
 
         Args:
             pending: at least one.

@@ -105,7 +105,7 @@ class Request:
         )
 
     def _look_before(self) -> None:
-        """Keep the last step's row where a spelling began behind it; let go of one whose spelling ended."""
+        """Keep the last step's row if a spelling began after it; drop the row of a spelling that ended."""
         begun, row = self._alignment.begun, self.last_row
         if self._alignment.pending is None or (self._before and self._before.begun != begun):
             self._before = None
