@@ -33,7 +33,7 @@ from scores import encoder_of
 from trimtab_mappings import ByteEncoder, build_table, load_encoder
 from trimtab_mappings.texts import read_texts
 from trimtab_processors.alignment import Aligner, Alignment
-from trimtab_processors.routing import PmMined
+from trimtab_processors.routing.pm_mined import PmMinedRouting
 from trimtab_processors.segments import Segments
 from trimtab_training.world.architectures import llama
 from trimtab_training.world.cli import make_visibly
@@ -175,7 +175,7 @@ class Answering:
     def __init__(self, target: Path, control: Path) -> None:
         self._target, self._control = load(target), load(control)
         self._pair = Pair(load_encoder(str(target)), load_encoder(str(control)))
-        self._routing = PmMined(self._pair.table.mapping, self._target.model.config.vocab_size)
+        self._routing = PmMinedRouting(self._pair.table.mapping, self._target.model.config.vocab_size)
         self._eos = self._target.tokenizer.eos_token_id
 
     def answer(self, asked: Sequence[Question], lead: str) -> tuple[list[list[int]], Tensor, list[bool]]:
@@ -209,7 +209,7 @@ class Answering:
         """Both modes' log-probabilities after `texts`: float32 [modes, texts, vocabulary]."""
         logits = last_rows(self._target.model, texts)
         shifts = [
-            self._routing.shift(
+            self._routing.routed(
                 last_rows(self._control.model, [context[mode].tokens for context in contexts])
             )
             for mode in MODES

@@ -25,13 +25,10 @@ from rich.table import Table
 from torch import Tensor
 
 from trimtab_mappings import ByteEncoder, MappingTable, build_table, load_encoder
-from trimtab_processors.path_routing import PathRouting, Spellings
-from trimtab_processors.pieces import PendingSpelling, PieceShifts
-from trimtab_processors.routing import PmMined, Routing
-from trimtab_processors.shift import add_shift
+from trimtab_processors.routing.base import Pair, Routing
+from trimtab_processors.routing.pieces import PendingSpelling
+from trimtab_processors.routing.registry import ROUTINGS
 from vocabularies import real
-
-LOOKAHEAD = 16
 
 
 def main(
@@ -89,29 +86,22 @@ def measure(
     """Medians, in ms."""
     control = len(spelled.control_offsets) - 1
     rows, more = torch.randn(batch, control, device=device), torch.randn(batch, control, device=device)
-    spellings = Spellings(spelled, width, longest=LOOKAHEAD, device=device)
-    to_largest = rows.clone()
-    largest = int((spelled.trie.ends - spelled.trie.starts).argmax())
-    to_largest[:, spellings.entries[largest]] = rows.max() + 1
+    pair = Pair(spelled, width, device=device)
+    to_largest, trie = rows.clone(), spelled.trie
+    largest = int((trie.ends - trie.starts).argmax())
+    to_largest[:, spelled.segment(int(trie.tokens[trie.starts[largest]]))[0]] = rows.max() + 1
     logits = torch.randn(batch, width, device=device)
 
     def timed(routing: Routing, rows: Tensor) -> float:
         node = next((node for node in routing.children.values() if node >= 0), None)
         pending = [] if node is None else [PendingSpelling(i, node, row) for i, row in enumerate(more)]
         ones = torch.ones(batch, device=device)
-        shift = routing.route(rows, ones, lambda asked: more[: len(asked)], pending)
-        places = [*range(batch)]
-        return median_ms(lambda: add_shift(logits, places, shift.over(logits, places)), rounds, device)
+        shift = routing.shift(rows, ones, routing.lookahead(rows), more, pending)
+        index = torch.arange(batch, device=device)
+        return median_ms(lambda: logits.index_add_(0, index, shift.resolve(logits, index)), rounds, device)
 
-    path = PathRouting(spellings)
-    pieces = PathRouting(spellings, pieces=PieceShifts(spelled, width, device=device))
-    pm_mined = PmMined(spelled.mapping, width, device=device)
-    return {
-        "pm_mined_ms": timed(pm_mined, rows),
-        "path_ms": timed(path, rows),
-        "pieces_ms": timed(pieces, rows),
-        "largest_ms": timed(path, to_largest),
-    }
+    times = {f"{name.replace('-', '_')}_ms": timed(make(pair), rows) for name, make in ROUTINGS.items()}
+    return {**times, "largest_ms": timed(ROUTINGS["path"](pair), to_largest)}
 
 
 def median_ms(work: Callable[[], object], rounds: int, device: torch.device) -> float:

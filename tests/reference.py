@@ -259,20 +259,17 @@ Spelling = tuple[int, ...]
 
 
 class PathReference(Reference):
-    """The same with the routing `path`: `beam` nodes expanded in each of `depth` rounds.
+    """The same with the routing `path`: one node expanded, that the control finds likeliest.
 
     p'(t) = p(t) * exp(sum over the nodes on the way to t of (s * shift of the next piece - log Z)), where a
     node's Z is over the target's own distribution of next pieces there, and that of the root is a constant.
     """
 
-    def __init__(
-        self, target: Model, control: Model, *, beam: int = 1, depth: int = 1, window: int = 10**9, **options
-    ):
+    def __init__(self, target: Model, control: Model, *, window: int = 10**9, **options):
         super().__init__(target, control, **options)
-        self.beam, self.depth = beam, depth
         limit = min(16, min(window, control.network.config.max_position_embeddings) // 4)
         self.nodes = {node for node in self.passing if len(node) <= limit and self.decides(node)}
-        within_reach = (node for node in self.nodes if self.level(node) < depth)
+        within_reach = (node for node in self.nodes if not self.above(node))
         self.window = window - max(map(len, within_reach), default=0)
 
     @cached_property
@@ -304,10 +301,6 @@ class PathReference(Reference):
         """Whether those that pass it do not all go on in one way."""
         return len({self.next_piece(token, node) for token in self.passing[node]}) > 1
 
-    def level(self, node: Spelling) -> int:
-        """How many nodes are on the way to it."""
-        return sum(node[:length] in self.nodes for length in range(1, len(node)))
-
     def above(self, node: Spelling) -> Spelling:
         """The nearest node on the way to it; empty for the root."""
         return next((node[:n] for n in range(len(node) - 1, 0, -1) if node[:n] in self.nodes), ())
@@ -319,12 +312,10 @@ class PathReference(Reference):
         shift = strength * self.routed(row, firsts)
         first = shift = self.firsts(shift, strength * row)
         reached = {node: float(row[node[0]]) for node in self.nodes if not self.above(node)}
-        for _ in range(self.depth):
-            for node in sorted(reached, key=lambda node: -reached[node])[: self.beam]:
-                sum_, row = reached.pop(node), self.row([*context, *node])
-                shift = shift + self.decision(node, strength * row, logits + first)
-                below = [other for other in self.nodes if self.above(other) == node]
-                reached |= {other: sum_ + float(row[other[len(node)]]) for other in below}
+        if reached:
+            node = max(reached, key=reached.__getitem__)
+            row = self.row([*context, *node])
+            shift = shift + self.decision(node, strength * row, logits + first)
         return shift
 
     def firsts(self, shift: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import (
 )
 from vllm.v1.worker.gpu.states import RequestState
 
-from reference import Model, Reference
+from reference import Model, PathReference, Reference
 
 ADAPTER = "trimtab_processors.vllm_v2:ControlProcessor"
 MAX_LENGTH = 400
@@ -229,8 +229,10 @@ class Segments:
     """The slow reference of alignment in mode `segments`: each context from scratch, in plain
     transformers."""
 
-    def __init__(self, target: Model, control: Model) -> None:
-        self.reference = Reference(target, control)
+    def __init__(
+        self, target: Model, control: Model, routing: type[Reference] = PathReference, **options
+    ) -> None:
+        self.reference = routing(target, control, **options)
         self.bytes, self.spelled = target.bytes, self.reference.texts.spelled
 
     def segment(self, token: int) -> list[int]:
@@ -250,8 +252,13 @@ class Segments:
             own += [piece for token in text for piece in self.segment(token)]
         return own + [piece for token in output for piece in self.segment(token)]
 
-    def shift(self, context: list[int]) -> torch.Tensor:
-        return self.reference.routed(self.reference.row(context), self.reference.mapping)
+    def shift(
+        self, context: list[int], strength: float = 1.0, logits: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What is added to the target's `logits`, of which each is 0 if none are given."""
+        if logits is None:
+            logits = torch.zeros(self.reference.target.network.config.vocab_size)
+        return self.reference.shift(context, strength, logits)
 
     def text(self, tokens: list[int]) -> bytes:
         """What control tokens spell."""

@@ -10,11 +10,13 @@ from vllm.exceptions import VLLMValidationError
 from trimtab_mappings import load_encoder
 from trimtab_processors import metrics
 from trimtab_processors.control import Target
-from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED
+from trimtab_processors.pack import ONLY_V2_ROUTINGS
 from trimtab_processors.parameters import Parameters, ParametersError, parse_xargs
 from trimtab_processors.settings import command_line_logprobs_mode, known_controls, validate
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import torch
     from vllm import SamplingParams
     from vllm.config import VllmConfig
@@ -26,12 +28,12 @@ _RAW = "raw_"
 """What the modes of log-probabilities begin with that logits processors do not reach."""
 
 
-def validate_params(sampling_params: SamplingParams, *, only_pm_mined: bool = False) -> None:
+def validate_params(sampling_params: SamplingParams, routings: Collection[str] | None = None) -> None:
     """Refuse a request in the front end, before an engine sees it.
 
     Args:
         sampling_params: what the request says.
-        only_pm_mined: whether the engine has no other routing.
+        routings: the names of those that the engine has; None: all.
 
     Raises:
         VLLMValidationError: which vLLM answers with 400.
@@ -42,8 +44,7 @@ def validate_params(sampling_params: SamplingParams, *, only_pm_mined: bool = Fa
         for parameters in wanted:
             if controls is not None:
                 validate(parameters, controls)
-            if only_pm_mined:
-                _require_pm_mined(parameters)
+            _require_routing(parameters, routings)
     except ParametersError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
     if wanted:
@@ -68,9 +69,9 @@ def _refuse_uncontrolled_logprobs(params: SamplingParams) -> None:
         )
 
 
-def _require_pm_mined(parameters: Parameters) -> None:
-    if parameters.routing not in (None, PM_MINED):
-        raise ParametersError(f"trimtab_routing: {parameters.routing!r}: {ONLY_PM_MINED}")
+def _require_routing(parameters: Parameters, routings: Collection[str] | None) -> None:
+    if routings is not None and parameters.routing not in (None, *routings):
+        raise ParametersError(f"trimtab_routing: {parameters.routing!r}: {ONLY_V2_ROUTINGS}")
 
 
 def warn_of_raw_logprobs(vllm_config: VllmConfig) -> None:

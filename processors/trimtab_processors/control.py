@@ -11,21 +11,20 @@ from torch import Tensor
 from trimtab_mappings import ByteEncoder, Vocabulary, cached_table, load_encoder, load_vocabulary
 from trimtab_processors.alignment import Aligner
 from trimtab_processors.model import CachedSequence, ControlModel
-from trimtab_processors.pack import DEFAULT_ROUTING, PIECES, PM_MINED, PackError, beam_of, load_pack
-from trimtab_processors.path_routing import PathRouting, Spellings
-from trimtab_processors.pieces import PieceShifts
-from trimtab_processors.routing import PmMined, Routing
+from trimtab_processors.pack import DEFAULT_ROUTING, PackError, load_pack
+from trimtab_processors.routing.base import Pair, Routing
+from trimtab_processors.routing.registry import ROUTINGS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
     from trimtab_processors.pack import Pack
     from trimtab_processors.parameters import Parameters
 
 
-MOST_LOOKAHEAD = 16
-"""The most control tokens with which a routing goes on from a context; at most a quarter of the window."""
+MAX_LOOKAHEAD = 16
+"""The maximum length of a lookahead, in control tokens; never more than a quarter of the control's window."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ class Control:
         cache_bytes: int,
         neutral: bool,
         routing: str | None,
-        runner_routing: str = DEFAULT_ROUTING,
+        routings: Collection[str] = tuple(ROUTINGS),
+        waits: bool = True,
     ) -> None:
         """Load the pack at `location` and its mapping table, which is built where `tables` has none.
 
@@ -78,9 +78,10 @@ class Control:
             target: the model that is steered.
             tables: the directory of mapping tables.
             cache_bytes: the size of its pool of keys and values, in bytes.
-            neutral: how unmapped tokens are shifted, see `PmMined`.
+            neutral: how unmapped tokens are shifted, see `Pair`.
             routing: the name of the one for requests that do not say; None: the pack's own.
-            runner_routing: that of the model's runner, where the pack does not say either.
+            routings: the names of those that requests may have.
+            waits: whether a routing may wait for the device, see `Pair`.
 
         Raises:
             PackError, VocabularyError: the pack can't be used; the message names it and the reason.
@@ -105,20 +106,18 @@ class Control:
         self._require_logits()
         self.aligner = Aligner(target.vocabulary, encoder, table)
         self.max_context = min(part.model.max_context for part in self.parts)
-        self.pm_mined = PmMined(table.mapping, target.width, neutral=neutral, device=target.device)
-        self.default_routing = routing or pack.routing or runner_routing
-        """The name of the one that a request gets which does not say."""
-        spellings = Spellings(
+        self.default_routing = routing or pack.routing or DEFAULT_ROUTING
+        """The name of the routing for requests that do not name one."""
+        pair = Pair(
             table,
             target.width,
-            longest=min(MOST_LOOKAHEAD, self.max_context // 4),
+            logits=self.vocab_size,
+            longest=min(MAX_LOOKAHEAD, self.max_context // 4),
             neutral=neutral,
             device=target.device,
+            waits=waits,
         )
-        beam = beam_of(self.default_routing)
-        pieces = PieceShifts(table, target.width, logits=self.vocab_size, device=target.device)
-        self._path = PathRouting(spellings, *beam)
-        self._pieces = PathRouting(spellings, pieces=pieces)
+        self.routings: dict[str, Routing] = {each: ROUTINGS[each](pair) for each in routings}
         self._beginning = [*vocabulary.roles.get("bos", ()), *vocabulary.roles.get("eos", ())]
 
     def _require_one_vocabulary(self, pack: Pack, vocabulary: Vocabulary) -> None:
@@ -158,11 +157,8 @@ class Control:
         return self.strength if parameters.strength is None else parameters.strength
 
     def routing_of(self, parameters: Parameters) -> Routing:
-        """How the shift that a request gets reaches the target's tokens."""
-        name = parameters.routing or self.default_routing
-        if name == PM_MINED:
-            return self.pm_mined
-        return self._pieces if name == PIECES else self._path
+        """Return the routing that a request gets: its own, or the default."""
+        return self.routings[parameters.routing or self.default_routing]
 
     def prompt(self, target_prompt: Sequence[int], own: Sequence[int] | None) -> list[int]:
         """The control's prompt: `own` where a client has rendered it, else the text of the target's prompt.

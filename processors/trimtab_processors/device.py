@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -28,11 +28,12 @@ from trimtab_processors.cache import BLOCK_SIZE, BlockPool, blocks_for
 from trimtab_processors.control import Control, Target
 from trimtab_processors.divergence import Sample, kl_divergence
 from trimtab_processors.model import ControlModel
-from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED, PackError
+from trimtab_processors.pack import ONLY_V2_ROUTINGS, PATH, V2_ROUTINGS, PackError
 from trimtab_processors.parameters import SEVERAL
+from trimtab_processors.routing.base import Lookahead
+from trimtab_processors.routing.shift import within_guards
 from trimtab_processors.segments import LAG, Contexts, History, Join, Late, Segments, upload
 from trimtab_processors.settings import DEFAULT_CACHE_BYTES, DEFAULT_KL_EVERY
-from trimtab_processors.shift import of_likeliest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -48,6 +49,10 @@ MOST_TOKENS = 8192
 """New tokens that one forward pass computes, where it has more than one context."""
 MOST_ATTENDED = 2**17
 """Slots of contexts whose keys and values are gathered at once: what bounds the memory of a step."""
+MAX_AHEAD = 1024
+"""Slots for what is looked ahead at, which no context keeps."""
+_NEVER = 2**62
+_PATH = V2_ROUTINGS.index(PATH)
 _SCRATCH = 0
 """The block, and the slot, into which padding writes its keys and values."""
 
@@ -66,18 +71,42 @@ class Batch:
     """int [rows]: the token that the row follows on."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What a control computed for some slots."""
+class Rows(NamedTuple):
+    """What a control computed for some slots: n of them, with one row after what they have and one after each
+    of their drafts.
+    """
 
     slots: NDArray[np.int64]
     """[n]."""
     places: Tensor
     """int64 [n]: the slots on the device."""
-    logits: Tensor
-    """float32 [n, 1 + drafts, control vocabulary]."""
     known: Tensor
     """bool [n]: whether there is a context at all."""
+    logits: Tensor
+    """float32 [n, 1 + drafts, control vocabulary]."""
+    lookahead: Lookahead | None
+    """Of each row; None if no slot looks ahead. Its tensors are [n, 1 + drafts, ...]."""
+    ahead: Tensor | None
+    """float32 [n, 1 + drafts, control vocabulary]: the logits after it."""
+
+    @staticmethod
+    def joined(waves: Sequence[Rows]) -> Rows:
+        """Return the rows of all `waves`; either all of them look ahead, or none does."""
+        if len(waves) == 1:
+            return waves[0]
+        slots, places, known, logits, lookaheads, aheads = zip(*waves, strict=True)
+        lookahead = ahead = None
+        if lookaheads[0] is not None:
+            lookahead = Lookahead(*map(torch.cat, zip(*lookaheads, strict=True)))
+            ahead = torch.cat(aheads)
+        columns = (torch.cat(places), torch.cat(known), torch.cat(logits))
+        return Rows(np.concatenate(slots), *columns, lookahead, ahead)
+
+    def looked_ahead(self, pick: Tensor, offset: Tensor) -> tuple[Lookahead | None, Tensor | None]:
+        """Return the lookahead of some rows, and the logits after it."""
+        if self.lookahead is None or self.ahead is None:
+            return None, None
+        return Lookahead(*(tensor[pick, offset] for tensor in self.lookahead)), self.ahead[pick, offset]
 
 
 class Blocks:
@@ -148,9 +177,13 @@ class DeviceControl:
             PackError: the control's tokenizer spells with tokens that its model does not have.
         """
         self.control = control
-        self._device = target.device
+        self._device, self._history = target.device, history
         self._labels = (target.name, control.name)
-        slots, window = len(history.length), control.max_context
+        self._routings = [control.routings[name] for name in V2_ROUTINGS]
+        self._path = control.routings[PATH]
+        slots = len(history.length)
+        self._window = window = control.max_context - self._path.longest
+        """The maximum length of a context: behind it there is room to look ahead."""
         if (highest := int(control.table.segment_ids.max(initial=-1))) >= control.vocab_size:
             raise PackError(
                 f"control {control.name!r}: its tokenizer spells with token {highest}, but its model has only"
@@ -168,7 +201,12 @@ class DeviceControl:
         )
         blocks = min(part.model.pool.blocks for part in control.parts)
         self.blocks = Blocks(slots, blocks, blocks_for(window))
-        self._caches = [part.model.key_values(blocks + _SCRATCH + 1) for part in control.parts]
+        ahead = min(slots * (1 + most_drafts) * self._path.longest, MAX_AHEAD)
+        ahead = blocks_for(max(ahead, (1 + most_drafts) * self._path.longest))
+        self._caches = [part.model.key_values(blocks + _SCRATCH + 1 + ahead) for part in control.parts]
+        self._ahead_slots = torch.arange(ahead * BLOCK_SIZE, device=target.device)
+        """The slots behind the pool's, for keys and values of what is looked ahead at."""
+        self._ahead_slots += (blocks + _SCRATCH + 1) * BLOCK_SIZE
         self._computed = torch.zeros(slots, dtype=torch.int64, device=target.device)
         """Keys and values of so many tokens stand in the blocks, where those are not `empty`."""
         self._pending = np.zeros(slots, dtype=np.int64)
@@ -176,6 +214,11 @@ class DeviceControl:
         self._strengths = torch.zeros(slots, dtype=torch.float32, device=target.device)
         self._top_k, self._top_ks = np.zeros(slots, dtype=np.int64), torch.zeros_like(self._computed)
         """How many of the target's likeliest tokens are shifted, on the host and on the device; 0: all."""
+        self._min_p, self._min_ps = np.zeros(slots), torch.zeros_like(self._strengths)
+        self._routing, self._routing_ids = np.zeros(slots, dtype=np.int64), torch.zeros_like(self._computed)
+        """The place of each slot's routing in `V2_ROUTINGS`, on the host and on the device."""
+        self._ends = torch.full_like(self._computed, _NEVER)
+        """The length of the history at which the control lets go."""
         self.members = np.zeros(slots, dtype=np.bool_)
         """Which slots are under this control."""
         self._joining: dict[int, Join] = {}
@@ -205,6 +248,10 @@ class DeviceControl:
         self._joining[slot] = Join(slot, tokens, start, end, prompt, keeps_first=keeps_first)
         self._strengths[slot] = self.control.strength_of(parameters)
         self._top_k[slot] = self._top_ks[slot] = parameters.top_k or 0
+        self._min_p[slot] = self._min_ps[slot] = parameters.min_p or 0.0
+        routing = V2_ROUTINGS.index(parameters.routing or self.control.default_routing)
+        self._routing[slot] = self._routing_ids[slot] = routing
+        self._ends[slot] = _NEVER if parameters.until is None else prompt + parameters.until
         self.members[slot] = True
         metrics.REQUESTS.labels(*self._labels).inc(end == prompt)
 
@@ -212,7 +259,7 @@ class DeviceControl:
         """Give back what the slot holds."""
         self._joining.pop(slot, None)
         self.members[slot] = False
-        self._top_k[slot] = 0
+        self._top_k[slot] = self._min_p[slot] = 0
         self._recent = [slots[slots != slot] for slots in self._recent]
         self.blocks.release(slot)
 
@@ -254,20 +301,16 @@ class DeviceControl:
         metrics.TRUNCATIONS.labels(*self._labels).inc(len(cut))
         for slot in cut:
             self.blocks.release(slot)
-        waves = [self._run(wave, drafts, extra) for wave in self._waves(slots, extra)]
-        if len(waves) == 1:
-            return waves[0]
-        return Rows(
-            np.concatenate([wave.slots for wave in waves]),
-            *(torch.cat([getattr(wave, name) for wave in waves]) for name in ("places", "logits", "known")),
+        looks = bool(self._path.longest) and bool((self._routing[slots] == _PATH).any())
+        return Rows.joined(
+            [self._run(wave, drafts, extra, looks=looks) for wave in self._waves(slots, extra)]
         )
 
     def _shape(self, slot: int, extra: int) -> tuple[int, int]:
         """Return upper bounds on the number of new tokens of `slot`, and of blocks of its context."""
         length = max(int(self.contexts.bound[slot]), 1)
         new = length if self.blocks.empty[slot] else max(int(self._pending[slot]), 1)
-        window = self.control.max_context
-        return min(new + extra, window), blocks_for(min(length + extra, window))
+        return min(new + extra, self._window), blocks_for(min(length + extra, self._window))
 
     def _waves(self, slots: NDArray[np.int64], extra: int) -> Iterator[list[int]]:
         """Split a step into batches that fit into the pool and into memory, contexts of like shape side by
@@ -291,7 +334,7 @@ class DeviceControl:
         new, blocks = self._shape(slot, extra)
         return new.bit_length(), blocks.bit_length()
 
-    def _run(self, wave: list[int], drafts: Tensor | None, extra: int) -> Rows:
+    def _run(self, wave: list[int], drafts: Tensor | None, extra: int, *, looks: bool) -> Rows:
         self._clear_taken()
         slots = np.array(wave, dtype=np.int64)
         places, empty = upload(np.stack((slots, self.blocks.empty[slots])), self._device)
@@ -299,16 +342,82 @@ class DeviceControl:
         ends = length[:, None] if drafts is None else self.contexts.ends(places, drafts[places])
         # The last token is computed even where it is cached: its row is wanted.
         first = torch.where(empty > 0, 0, torch.minimum(self._computed[places], length - 1)).clamp(min=0)
-        layout = _Layout(self.contexts.tokens, places, first, ends)
+        batch, start = _FlatBatch(self._device), 0
         for members, new, blocks in self._groups(wave, extra):
-            layout.add(upload(self.blocks.table[members, :blocks], self._device), new)
-        logits = [
-            part.weight * layout.run(part.model, cache)[..., : self.control.vocab_size]
-            for part, cache in zip(self.control.parts, self._caches, strict=True)
-        ]
+            part = slice(start, start := start + len(members))
+            positions = first[part, None] + torch.arange(new, device=self._device)
+            # what is past the end is not real, and may be past the tensor
+            columns = positions.clamp(max=self.contexts.tokens.shape[1] - 1)
+            batch.add(
+                self.contexts.tokens[places[part, None], columns],
+                positions,
+                slots_of(upload(self.blocks.table[members, :blocks], self._device)),
+                positions < ends[part, -1:],
+                (ends[part] - 1 - first[part, None]).clamp(0, new - 1),
+            )
+        logits = self._logits(batch).view(*ends.shape, -1)
         self._computed[places] = length
         self._pending[slots], self.blocks.empty[slots] = 0, False
-        return Rows(slots, places, torch.stack(logits).sum(dim=0), length > 0)
+        looked = self._look_ahead(wave, places, ends, logits, extra) if looks else (None, None)
+        return Rows(slots, places, length > 0, logits, *looked)
+
+    def _logits(self, batch: _FlatBatch) -> Tensor:
+        """Return float32 [wanted, control vocabulary], the weighted sum over the control's models."""
+        logits = [
+            part.weight * batch.run(part.model, cache)[:, : self.control.vocab_size]
+            for part, cache in zip(self.control.parts, self._caches, strict=True)
+        ]
+        return torch.stack(logits).sum(dim=0)
+
+    def _look_ahead(
+        self, wave: list[int], places: Tensor, ends: Tensor, logits: Tensor, extra: int
+    ) -> tuple[Lookahead, Tensor]:
+        """Compute the rows after the continuations that path routing wants, of the slots that have it.
+
+        A row's continuation attends to its context, and is written where no context keeps it.
+
+        Args:
+            wave: n slots, whose contexts are in their blocks.
+            places: int64 [n], the same on the device.
+            ends: int64 [n, rows], behind which tokens of the context each row is.
+            logits: float32 [n, rows, control vocabulary].
+            extra: see `rows`.
+        """
+        chosen = self._path.lookahead(logits.flatten(0, 1))
+        assert chosen is not None  # a routing with a `longest`  # noqa: S101
+        nodes, tokens, lengths = (tensor.view(*ends.shape, *tensor.shape[1:]) for tensor in chosen)
+        looks = (self._routing_ids[places] == _PATH)[:, None] & (ends > 0)
+        lengths = torch.where(looks, lengths, 0)
+        rows, steps = ends.shape[1], torch.arange(self._path.longest, device=self._device)
+        own = self._ahead_slots
+        batch, ahead, start = _FlatBatch(self._device), [], 0
+        for members, _, blocks in self._groups(wave, extra, rows, len(steps)):
+            if batch.size + len(members) * rows * len(steps) > len(own):
+                ahead.append(self._ahead_logits(batch))
+                batch = _FlatBatch(self._device)
+            part = slice(start, start := start + len(members))
+            end = ends[part].reshape(-1, 1)
+            context = slots_of(upload(self.blocks.table[members, :blocks], self._device))
+            columns = torch.arange(context.shape[1] + len(steps), device=self._device)
+            past = (columns - end).clamp(0, len(steps) - 1)
+            mine = own[batch.size : batch.size + end.numel() * len(steps)].view(-1, len(steps))
+            shared = context.repeat_interleave(rows, dim=0, output_size=len(end))
+            shared = torch.cat((shared, mine), dim=1)  # as wide as `columns`; never read past the end
+            length = lengths[part].reshape(-1, 1)
+            batch.add(
+                tokens[part].reshape(-1, len(steps)),
+                end + steps,
+                torch.where(columns < end, shared, mine.gather(1, past)),
+                steps < length,
+                (length - 1).clamp(min=0),
+            )
+        ahead.append(self._ahead_logits(batch))
+        return Lookahead(nodes, tokens, lengths), torch.cat(ahead).view(*ends.shape, -1)
+
+    def _ahead_logits(self, batch: _FlatBatch) -> Tensor:
+        for cache in self._caches:
+            cache.clear(self._ahead_slots[: batch.size])
+        return self._logits(batch)
 
     def _clear_taken(self) -> None:
         if self.blocks.taken:
@@ -317,18 +426,27 @@ class DeviceControl:
             for cache in self._caches:
                 cache.clear(slots)
 
-    def _groups(self, wave: list[int], extra: int) -> Iterator[tuple[list[int], int, int]]:
-        """Which slots of `wave` are attended together, for how many new tokens and over how many blocks."""
+    def _groups(
+        self, wave: list[int], extra: int, rows: int = 1, ahead: int = 0
+    ) -> Iterator[tuple[list[int], int, int]]:
+        """Which slots of `wave` are attended together, for how many new tokens and over how many blocks.
+
+        With several `rows`, each slot is attended that often; with `ahead` tokens to look ahead at in each,
+        a group has room among the slots for those.
+        """
         for _, like in groupby(wave, key=lambda slot: self._likeness(slot, extra)):
             members = [*like]
             new, blocks = map(max, zip(*(self._shape(slot, extra) for slot in members), strict=True))
-            most = max(MOST_ATTENDED // (blocks * BLOCK_SIZE), 1)
+            most = MOST_ATTENDED // (blocks * BLOCK_SIZE * rows)
+            if ahead:
+                most = min(most, len(self._ahead_slots) // (rows * ahead))
+            most = max(most, 1)
             for start in range(0, len(members), most):
                 yield members[start : start + most], new, blocks
 
     def guards(self, slots: NDArray[np.int64]) -> bool:
-        """Whether only the target's likeliest tokens are shifted for some of `slots`."""
-        return bool((self.members & (self._top_k > 0))[slots].any())
+        """Whether only tokens that the target finds likely are shifted for some of `slots`."""
+        return bool((self.members & ((self._top_k > 0) | (self._min_p > 0)))[slots].any())
 
     def apply(self, logits: Tensor, own: Tensor, batch: Batch, drafts: Tensor | None) -> None:
         """Shift the rows of the requests under this control in place.
@@ -360,102 +478,117 @@ class DeviceControl:
             if rows:
                 picked = np.flatnonzero(np.isin(rows.slots, ready if rows is ahead else late))
                 pick, row = upload(np.stack((picked, row_of[rows.slots[picked]])), self._device)
-                shift = self._shift(
-                    rows.logits[pick, 0],
-                    rows.places[pick],
-                    rows.known[pick],
-                    own=own,
-                    index=row,
-                    slots=rows.slots[picked],
-                )
+                offset = torch.zeros_like(pick)
+                shift = self._shift(rows, pick, offset, own=own, index=row, slots=rows.slots[picked])
                 logits.index_add_(0, row, shift.to(logits.dtype))
 
     def _apply_drafts(self, logits: Tensor, own: Tensor, batch: Batch, rows: Rows) -> None:
         place_of = torch.full((len(self._pending),), -1, device=self._device)
         place_of[rows.places] = torch.arange(len(rows.slots), device=self._device)
         owner = place_of[batch.row_slots.long()]
-        pick = owner.clamp(min=0)
-        ours = rows.logits[pick, batch.row_offsets.long()]
-        known = rows.known[pick] & (owner >= 0)
         every = torch.arange(len(logits), device=self._device)
-        shift = self._shift(ours, rows.places[pick], known, own=own, index=every, slots=rows.slots)
+        offset = batch.row_offsets.long()
+        shift = self._shift(rows, owner.clamp(min=0), offset, own=own, index=every, slots=rows.slots)
+        shift = torch.where(owner[:, None] >= 0, shift, 0.0)
         logits.add_(shift.to(logits.dtype))
 
     def _shift(
         self,
-        rows: Tensor,
-        places: Tensor,
-        known: Tensor,
+        rows: Rows,
+        pick: Tensor,
+        offset: Tensor,
         *,
         own: Tensor,
         index: Tensor,
         slots: NDArray[np.int64],
     ) -> Tensor:
-        """The shift of some rows: 0 where there is no context, or it is not finite.
+        """The shift of n rows: 0 where there is no context, or it is not finite, or the control has let go.
 
         Args:
-            rows: float32 [n, control vocabulary].
-            places: int64 [n], the slot of each.
-            known: bool [n], whether it has a context.
+            rows: what was computed.
+            pick: int64 [n], the place of each row's slot in it.
+            offset: int64 [n], the number of drafts before each row.
             own: float [rows of the step, width], the target's own logits.
             index: int64 [n], which of them are shifted.
-            slots: all slots of `places`, on the host.
+            slots: all slots of these rows, on the host.
 
         Returns:
             float32 [n, width].
         """
-        shift = self.control.pm_mined.shift(rows) * self._strengths[places, None]
-        finite = shift.isfinite().all(dim=1)
-        if most := int(self._top_k[slots].max()):
-            shift = of_likeliest(own[index], shift, self._top_ks[places], most)
-        done = known & finite
-        self._counts[:2] += torch.stack((done.sum(), (known & ~finite).sum()))
-        return torch.where(done[:, None], shift, 0.0)
+        places = rows.places[pick]
+        shift, finite = self._routed(rows, pick, offset, own=own, index=index, slots=slots)
+        if self.guards(slots):
+            largest = int(self._top_k[slots].max())
+            guards = self._top_ks[places], self._min_ps[places], largest
+            shift = within_guards(own[index], shift, *guards)
+        steers = self._history.length[places] + offset < self._ends[places]
+        known = rows.known[pick] & steers
+        self._counts[:2] += torch.stack(((known & finite).sum(), (known & ~finite).sum()))
+        return torch.where((known & finite)[:, None], shift, 0.0)
+
+    def _routed(
+        self,
+        rows: Rows,
+        pick: Tensor,
+        offset: Tensor,
+        *,
+        own: Tensor,
+        index: Tensor,
+        slots: NDArray[np.int64],
+    ) -> tuple[Tensor, Tensor]:
+        """The shift of each row by its own routing, and which rows of it are finite; see `_shift`."""
+        places, logits = rows.places[pick], rows.logits[pick, offset]
+        looked, strengths = rows.looked_ahead(pick, offset), self._strengths[places]
+        shift = finite = None
+        for number in np.unique(self._routing[slots]).tolist():
+            routed = self._routings[number].shift(logits, strengths, *looked)
+            values = routed.resolve(own, index)
+            if shift is None or finite is None:
+                shift, finite = values, routed.finite
+            else:
+                has_it = self._routing_ids[places] == number
+                shift = torch.where(has_it[:, None], values, shift)
+                finite = torch.where(has_it, routed.finite, finite)
+        assert shift is not None  # noqa: S101 - there is a slot
+        assert finite is not None  # noqa: S101
+        return shift, finite
 
 
-class _Layout:
+class _FlatBatch:
     """The flat batch of one forward pass, which grows by groups of contexts."""
 
-    def __init__(self, tokens: Tensor, places: Tensor, first: Tensor, ends: Tensor) -> None:
-        """Lay out the contexts `tokens[places]`, of each what stands from `first` on.
-
-        Args:
-            tokens: int [slots, context].
-            places: int64 [n].
-            first: int64 [n], the first token that is computed.
-            ends: int64 [n, rows], behind which tokens rows are wanted; the last is where a context ends.
-        """
-        self._contexts, self._places, self._first, self._ends = tokens, places, first[:, None], ends
-        self._device = places.device
-        self._laid = self._length = 0
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.size = 0
+        """Its tokens, those included that are not real."""
         self._groups: list[Group] = []
         self._tokens: list[Tensor] = []
         self._writes: list[Tensor] = []
         self._wanted: list[Tensor] = []
 
-    def add(self, blocks: Tensor, new: int) -> None:
-        """Add as many contexts as `blocks`, int64 [m, blocks], has, with up to `new` new tokens each."""
-        members = slice(self._laid, self._laid + len(blocks))
-        first, ends = self._first[members], self._ends[members]
-        positions = first + torch.arange(new, device=self._device)
-        fresh = positions < ends[:, -1:]
-        positions = torch.where(fresh, positions, 0)
-        slots = slots_of(blocks)
-        index = torch.arange(self._length, self._length + fresh.numel(), device=self._device).view_as(fresh)
+    def add(self, tokens: Tensor, positions: Tensor, slots: Tensor, real: Tensor, wanted: Tensor) -> None:
+        """Add m contexts with up to `new` new tokens each.
+
+        Args:
+            tokens: int [m, new].
+            positions: int64 [m, new], their positions in their contexts.
+            slots: int64 [m, context], where each context's keys and values are.
+            real: bool [m, new], false for padding: it is written to no context, and nothing attends to it.
+            wanted: int64 [m, rows], after which of the new tokens rows are wanted.
+        """
+        positions = torch.where(real, positions, 0)
+        index = torch.arange(self.size, self.size + real.numel(), device=self._device).view_as(real)
         self._groups.append(Group(index, positions, slots))
-        tokens = self._contexts[self._places[members, None], positions]
-        self._tokens.append(torch.where(fresh, tokens, 0).flatten().long())
-        self._writes.append(torch.where(fresh, slots.gather(1, positions), _SCRATCH).flatten())
-        self._wanted.append(index[:, :1] + (ends - 1 - first).clamp(0, new - 1))
-        self._laid, self._length = members.stop, self._length + fresh.numel()
+        self._tokens.append(torch.where(real, tokens, 0).flatten().long())
+        self._writes.append(torch.where(real, slots.gather(1, positions), _SCRATCH).flatten())
+        self._wanted.append(index.gather(1, wanted).flatten())
+        self.size += real.numel()
 
     def run(self, model: ControlModel, cache: KeyValues) -> Tensor:
-        """float32 [n, rows, vocabulary]."""
+        """Return float32 [wanted, vocabulary]."""
         positions = torch.cat([group.positions.flatten() for group in self._groups])
         step = Step(cache, torch.cat(self._writes), self._groups)
-        wanted = torch.cat(self._wanted)
-        logits = model.forward(step, torch.cat(self._tokens), positions, wanted.flatten())
-        return logits.view(*wanted.shape, -1)
+        return model.forward(step, torch.cat(self._tokens), positions, torch.cat(self._wanted))
 
 
 class DeviceRuntime:
@@ -482,8 +615,8 @@ class DeviceRuntime:
             history: what the target has read and written, by slot.
             tables: the directory of mapping tables.
             cache_bytes: the size of each control's pool of keys and values, in bytes.
-            neutral: how unmapped tokens are shifted, see `PmMined`.
-            routing: what the engine is set up with; it knows `pm-mined` alone.
+            neutral: how unmapped tokens are shifted, see `Pair`.
+            routing: the name of the one for requests that do not say; None: as each pack says.
             most_drafts: the draft tokens that a request may have in a step.
             kl_every: on one step of so many it is measured how far control moves the target; 0: on none.
         """
@@ -495,7 +628,8 @@ class DeviceRuntime:
             cache_bytes=cache_bytes,
             neutral=neutral,
             routing=routing,
-            runner_routing=PM_MINED,
+            routings=V2_ROUTINGS,
+            waits=False,
         )
         self._controls: dict[str, DeviceControl] = {}
         for name, location in controls.items():
@@ -518,8 +652,8 @@ class DeviceRuntime:
             PackError, VocabularyError: the pack can't be used; the message names it and the reason.
         """
         control = self._make(name, location)
-        if control.default_routing != PM_MINED:
-            raise PackError(f"control {name!r}: routing {control.default_routing!r}: {ONLY_PM_MINED}")
+        if control.default_routing not in V2_ROUTINGS:
+            raise PackError(f"control {name!r}: routing {control.default_routing!r}: {ONLY_V2_ROUTINGS}")
         return DeviceControl(control, self._target, self._history, most_drafts=self._most_drafts)
 
     def install(self, control: DeviceControl) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,10 +16,13 @@ MAX_STRENGTH = 10.0
 
 PM_MINED, PATH, PIECES = "pm-mined", "path", "pieces"
 DEFAULT_ROUTING = PATH
-"""Where nobody says which, but for vLLM's V2 model runner."""
-ONLY_PM_MINED = f"vLLM's V2 model runner has only {PM_MINED!r}: say so, or take its V1 model runner"
-ROUTING_PATTERN = r"^(pm-mined|pieces|path(-[1-4]x[1-4])?)$"
-"""`path-2x3` expands 2 nodes in each of 3 rounds; `path`, 1 in 1."""
+"""Used when neither the request nor the model's configuration nor the pack names one."""
+
+V2_ROUTINGS = (PM_MINED, PATH)
+ONLY_V2_ROUTINGS = (
+    f"vLLM's V2 model runner has only the routings {PM_MINED!r} and {PATH!r}: name one of them, or take its"
+    " V1 model runner"
+)
 
 RESERVED_NAMES = frozenset({"on", "off"})
 """What a request says of control in general, where it could also name one."""
@@ -32,32 +34,12 @@ def _not_reserved(name: str) -> str:
     return name
 
 
-def _known_routing(name: str) -> str:
-    if not re.fullmatch(ROUTING_PATTERN, name):
-        raise ValueError(
-            f"no routing {name[:80]!r}, there is: pm-mined, path, pieces, and path-1x1 to path-4x4"
-        )
-    return name
-
-
-def beam_of(routing: str) -> tuple[int, int]:
-    """The nodes that a path routing expands at once, and its rounds; 1 each where the name has none."""
-    if routing in (PM_MINED, PIECES):
-        return 1, 1
-    beam, _, depth = routing.removeprefix(PATH).removeprefix("-").partition("x")
-    return int(beam or 1), int(depth or 1)
-
-
 ControlName = Annotated[str, Field(pattern=NAME_PATTERN), AfterValidator(_not_reserved)]
 Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)]
-RoutingName = Annotated[
-    str, AfterValidator(_known_routing), Field(json_schema_extra={"pattern": ROUTING_PATTERN})
-]
-"""How shifts reach the target's tokens, as packs and configurations say."""
-RequestRouting = Literal["pm-mined", "path", "pieces"]
-"""The same as requests say. How many nodes `path` expands, for which every request of a step has to wait, is
-not theirs to choose.
-"""
+RoutingName = Literal["pm-mined", "path", "pieces"]
+"""How shifts reach the target's tokens."""
+RequestRouting = RoutingName
+ONLY_PM_MINED = ONLY_V2_ROUTINGS
 
 
 class PackError(ValueError):

@@ -20,10 +20,15 @@ SEVERAL = "several"
 """What metrics call the control of a request that has more than one."""
 MAX_CONTROLS = 8
 MAX_TOP_K = 1024
+MAX_UNTIL = 2**30
 _NO_PROMPT = -1
 _NO_TOP_K = 0
+_NO_MIN_P = 0.0
+_NO_UNTIL = 0
 _NO_ROUTING = ""
 TopK = Annotated[StrictInt, Field(ge=1, le=MAX_TOP_K)]
+MinP = Annotated[float, Field(gt=0, le=1)]
+Until = Annotated[StrictInt, Field(ge=1, le=MAX_UNTIL)]
 
 
 class ParametersError(ValueError):
@@ -46,6 +51,13 @@ class Parameters(BaseModel):
 
     It keeps a control from lifting nonsense through a mapping that is only near (as UniTE and ULD do).
     """
+    min_p: MinP | None = None
+    """A token is shifted only if the target finds it at least this share as likely as its likeliest token.
+
+    The plausibility guard of contrastive decoding. None: all tokens are shifted.
+    """
+    until: Until | None = None
+    """The number of generated tokens after which the control lets go; None: never."""
     routing: RequestRouting | None = None
     """How the shift reaches the target's tokens; None: as the engine is set up."""
 
@@ -58,6 +70,12 @@ _AtMost = Field(min_length=1, max_length=MAX_CONTROLS)
 _Lengths = Annotated[StrictInt, Field(ge=_NO_PROMPT)]
 _Routings = Literal["pm-mined", "path", "pieces", ""]
 _TopKs = Annotated[StrictInt, Field(ge=_NO_TOP_K, le=MAX_TOP_K)]
+_MinPs = Annotated[float, Field(ge=_NO_MIN_P, le=1)]
+_Untils = Annotated[StrictInt, Field(ge=_NO_UNTIL, le=MAX_UNTIL)]
+
+
+_OPTIONAL = {"top_k": _NO_TOP_K, "min_p": _NO_MIN_P, "until": _NO_UNTIL, "routing": _NO_ROUTING}
+"""The options that one of several controls may lack, and what stands for that in a list."""
 
 
 class _Xargs(BaseModel):
@@ -73,15 +91,18 @@ class _Xargs(BaseModel):
     """The tokens of each; -1 for none. Needed where there are several controls."""
     top_k: Annotated[tuple[_TopKs, ...], BeforeValidator(_listed), _AtMost] | None = None
     """0: all tokens are shifted."""
+    min_p: Annotated[tuple[_MinPs, ...], BeforeValidator(_listed), _AtMost] | None = None
+    """0: all tokens are shifted."""
+    until: Annotated[tuple[_Untils, ...], BeforeValidator(_listed), _AtMost] | None = None
+    """0: it never lets go."""
     routing: Annotated[tuple[_Routings, ...], BeforeValidator(_listed), _AtMost] | None = None
     """Empty: as the engine is set up."""
 
 
 def parse_xargs(extra_args: Mapping[str, Any] | None) -> tuple[Parameters, ...]:
-    """Read `trimtab_control`, `trimtab_strength`, `trimtab_prompt`, `trimtab_top_k` and `trimtab_routing`;
-    keys of others are left alone.
+    """Read the options in `trimtab_control`, `trimtab_strength` and so on; leave keys of others alone.
 
-    Of several controls each of them is a list, and the prompts stand one after the other, with
+    Of several controls each option is a list, and the prompts stand one after the other, with
     `trimtab_prompt_lengths` to tell them apart.
 
     Returns:
@@ -113,12 +134,14 @@ def to_xargs(parameters: Sequence[Parameters]) -> dict[str, Any]:
         given = parameters[0].model_dump(mode="json", exclude_none=True)
     else:
         strengths = [each.strength for each in parameters if each.strength is not None]
-        routings = [each.routing or _NO_ROUTING for each in parameters]
+        optional = {
+            key: [none if (value := getattr(each, key)) is None else value for each in parameters]
+            for key, none in _OPTIONAL.items()
+        }
         given = {
             "control": [each.control for each in parameters],
             **({"strength": strengths} if strengths else {}),
-            "top_k": [each.top_k or _NO_TOP_K for each in parameters],
-            **({"routing": routings} if any(routings) else {}),
+            **{key: values for key, values in optional.items() if any(values)},
             "prompt": [token for each in parameters for token in each.prompt or ()],
             "prompt_lengths": [
                 _NO_PROMPT if each.prompt is None else len(each.prompt) for each in parameters
@@ -132,14 +155,17 @@ def _parted(xargs: _Xargs) -> tuple[Parameters, ...]:
     if len(set(xargs.control)) < count:
         raise ParametersError(f"{PREFIX}control: a control stands twice in {list(xargs.control)}")
     strengths = _for_each("strength", xargs.strength, count) or (None,) * count
-    top_ks = _for_each("top_k", xargs.top_k, count) or (_NO_TOP_K,) * count
-    routings = _for_each("routing", xargs.routing, count) or (_NO_ROUTING,) * count
-    columns = zip(xargs.control, strengths, _prompts(xargs, count), top_ks, routings, strict=True)
+    optional = {
+        key: _for_each(key, getattr(xargs, key), count) or (none,) * count for key, none in _OPTIONAL.items()
+    }
     return tuple(
         Parameters(
-            control=control, strength=strength, prompt=prompt, top_k=top_k or None, routing=routing or None
+            control=control,
+            strength=strengths[place],
+            prompt=prompt,
+            **{key: values[place] or None for key, values in optional.items()},
         )
-        for control, strength, prompt, top_k, routing in columns
+        for place, (control, prompt) in enumerate(zip(xargs.control, _prompts(xargs, count), strict=True))
     )
 
 

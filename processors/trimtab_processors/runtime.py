@@ -19,16 +19,16 @@ from trimtab_processors.control import Control, Target
 from trimtab_processors.divergence import Sample, kl_divergence
 from trimtab_processors.model import CachedSequence
 from trimtab_processors.parameters import SEVERAL
-from trimtab_processors.pieces import PendingSpelling
+from trimtab_processors.routing.pieces import PendingSpelling
+from trimtab_processors.routing.shift import guarded
 from trimtab_processors.settings import DEFAULT_CACHE_BYTES, DEFAULT_KL_EVERY
-from trimtab_processors.shift import add_shift, guarded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from trimtab_processors.parameters import Parameters
-    from trimtab_processors.routing import Routing, Shift
+    from trimtab_processors.routing.base import Lookahead, Routing, Shift
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,8 @@ class Request:
         self.control = control
         self.routing = control.routing_of(parameters)
         self.strength = control.strength_of(parameters)
-        self.top_k = parameters.top_k or 0
+        self.top_k, self.min_p = parameters.top_k or 0, parameters.min_p or 0.0
+        self._until = parameters.until
         self.sequences = [CachedSequence() for _ in control.parts]
         self._output = output
         self._seen = 0
@@ -154,7 +155,7 @@ class Request:
         return self._cut(tokens, dropped), max(kept - dropped, min(kept, head))
 
     def _dropped_of(self, tokens: Sequence[int]) -> int:
-        return dropped_tokens(len(tokens), self.control.max_context - self.routing.lookahead)
+        return dropped_tokens(len(tokens), self.control.max_context - self.routing.longest)
 
     def _cut(self, tokens: list[int], dropped: int) -> list[int]:
         head = int(self.control.keeps_first(tokens))
@@ -174,6 +175,11 @@ class Request:
         """Let `row` be what the control would say after `path`; the next `advance` takes it back."""
         for sequence in self.sequences:
             sequence.go_on(path)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the control has let go: it has steered as many tokens as the request wants."""
+        return self._until is not None and len(self._output) >= self._until
 
     def counts(self) -> bool:
         """Whether this is the first row after these tokens: those of a half-read prompt are discarded."""
@@ -287,7 +293,10 @@ class Runtime:
         """Compute what `apply` will add for `requests`, each model once for all of them."""
         by_control: defaultdict[Control, list[Request]] = defaultdict(list)
         for request in requests:
-            by_control[request.control].append(request)
+            if request.is_over:
+                self.close(request)
+            else:
+                by_control[request.control].append(request)
         self._steering = []
         for control, members in by_control.items():
             started = time.perf_counter()
@@ -323,22 +332,26 @@ class Runtime:
             strengths = torch.tensor([request.strength for request in members], device=self._target.device)
             rows = _rows(members)
             pending = [held for i, request in enumerate(members) if (held := request.pending(i))]
-            further = partial(self._further, control, members)
-            shift = routing.route(rows, strengths, further, pending)
+            lookahead = routing.lookahead(rows)
+            ahead = None if lookahead is None else self._look_ahead(control, members, lookahead)
+            shift = routing.shift(rows, strengths, lookahead, ahead, pending)
             if routing.children:
                 for request, row in zip(members, rows, strict=True):
                     request.last_row = row
             self._steering.append(Steering(control, members, shift))
 
-    def _further(
-        self, control: Control, requests: Sequence[Request], asked: Sequence[tuple[int, Sequence[int]]]
-    ) -> Tensor:
-        """The rows that a routing asks for, see `Further`."""
-        for place, path in asked:
+    def _look_ahead(self, control: Control, requests: Sequence[Request], lookahead: Lookahead) -> Tensor:
+        """Return the rows after what is looked ahead at, float32 [requests, control vocabulary]."""
+        paths = zip(lookahead.tokens.tolist(), lookahead.lengths.tolist(), strict=True)
+        ahead = [(place, path[:length]) for place, (path, length) in enumerate(paths) if length]
+        for place, path in ahead:
             requests[place].go_on(path)
-        members = [requests[place] for place, _ in asked]
+        members = [requests[place] for place, _ in ahead]
         self._compute(control, members)
-        return _rows(members)
+        rows = torch.zeros(len(requests), control.vocab_size, device=self._target.device)
+        if members:
+            rows[[place for place, _ in ahead]] = _rows(members)
+        return rows
 
     def apply(self, logits: Tensor, requests: Mapping[int, Sequence[Request]]) -> None:
         """Shift `logits`, float [rows, width], in place.
@@ -350,18 +363,21 @@ class Runtime:
         row_of = {request: row for row, of_row in requests.items() for request in of_row}
         added = []
         for steering in self._steering:
-            rows = [row_of[request] for request in steering.requests]
-            top_ks = [request.top_k for request in steering.requests]
-            added.append((rows, guarded(steering.shift.over(logits, rows), logits, rows, top_ks)))
+            members = steering.requests
+            index = torch.tensor([row_of[request] for request in members], device=logits.device)
+            guards = [each.top_k for each in members], [each.min_p for each in members]
+            added.append((index, guarded(steering.shift.resolve(logits, index), logits, index, *guards)))
             self._count_rows(steering)
-        with self._measuring(logits, requests):
-            for rows, values in added:  # not before every guard has seen the target's own logits
-                add_shift(logits, rows, values)
+        steered = {row: of_row for row, of_row in requests.items() if not all(r.is_over for r in of_row)}
+        with self._measuring(logits, steered):
+            for index, values in added:  # not before every guard has seen the target's own logits
+                # -inf in the logits (a grammar's mask) stays -inf
+                logits.index_add_(0, index, values.to(logits.dtype))
 
     @contextmanager
     def _measuring(self, logits: Tensor, requests: Mapping[int, Sequence[Request]]) -> Iterator[None]:
         """Measure, in a sampled step, how far what happens within moves one of the rows."""
-        place = self._sample.pick(len(requests))
+        place = self._sample.pick(len(requests)) if requests else None
         if place is None:
             yield
             return

@@ -19,6 +19,7 @@ from trimtab_processors.admission import (
     warn_of_raw_logprobs,
 )
 from trimtab_processors.device import Batch, DeviceRuntime
+from trimtab_processors.pack import V2_ROUTINGS
 from trimtab_processors.parameters import parse_xargs
 from trimtab_processors.segments import History
 from trimtab_processors.settings import read_settings
@@ -43,7 +44,7 @@ class ControlProcessor(LogitsProcessor):
         Raises:
             VLLMValidationError: which vLLM answers with 400.
         """
-        validate_params(sampling_params, only_pm_mined=True)
+        validate_params(sampling_params, V2_ROUTINGS)
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
         """Load the configured controls.

@@ -87,7 +87,6 @@ def world(family, tmp_path_factory):
     routings = {
         "pm-mined": Reference,
         "path": PathReference,
-        "path-2x2": partial(PathReference, beam=2, depth=2),
         "pieces": PiecesReference,
     }
     references = {
@@ -120,7 +119,7 @@ def starved(world, tmp_path_factory):
         world.target,
         directory,
         *(*ARGS, *STARVED),
-        plugin=plugin(world, directory) | {"routing": "path-2x2"},
+        plugin=plugin(world, directory),
         cores="1",
     ) as running:
         yield running
@@ -137,7 +136,6 @@ class Ask:
     """The control's prompt."""
     top_k: int = 0
     routing: str | None = None
-    """Of `path-2x2` the request says `path`: the engine has to be set up so."""
     seen: Any = lambda logits, _: logits
     """What vLLM does to the target's logits before the control sees them; also given the output so far."""
     tokens: int = 24
@@ -150,7 +148,7 @@ class Ask:
             xargs = {"trimtab_control": self.control, "trimtab_strength": self.strength}
             xargs |= {"trimtab_prompt": self.own} if self.own else {}
             xargs |= {"trimtab_top_k": self.top_k} if self.top_k else {}
-            xargs |= {"trimtab_routing": self.routing.removesuffix("-2x2")} if self.routing else {}
+            xargs |= {"trimtab_routing": self.routing} if self.routing else {}
         extra = {"return_token_ids": True, "return_tokens_as_token_ids": True, "vllm_xargs": xargs}
         sampling = {"temperature": 0.0, **self.body}
         known = {"temperature", "n", "seed", "stop", "logit_bias", "presence_penalty", "frequency_penalty"}
@@ -236,7 +234,7 @@ def test_requests_that_join_and_leave_are_preempted_and_share_a_step_with_other_
         control = (*CONTROLS, None)[number % 5]
         options = {"tokens": 20 + 3 * number, "body": {"ignore_eos": True}}
         strength = (1.0, -1.0, 0.5)[number % 3]
-        options["routing"] = ("pm-mined", "path-2x2", "pieces")[number % 3]
+        options["routing"] = ("pm-mined", "path", "pieces")[number % 3]
         asks.append(
             ask_for(world, control, prompt, strength=strength, **options)
             if control
@@ -250,7 +248,7 @@ def test_requests_that_join_and_leave_are_preempted_and_share_a_step_with_other_
 def test_a_prompt_that_is_read_in_pieces_is_counted_once(world, starved):
     """As many shifted rows as tokens, though the rows of a half-read prompt reach the processor too."""
     long = long_prompt(world, 4 * BUDGET)
-    ask = ask_for(world, "other", long, tokens=12, routing="path-2x2", body={"ignore_eos": True})
+    ask = ask_for(world, "other", long, tokens=12, routing="path", body={"ignore_eos": True})
     before = starved.metric("trimtab_controlled_tokens_total", control="other")
     check(world, ask, *complete(starved, ask))
     assert starved.metric("trimtab_controlled_tokens_total", control="other") - before == 12

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tiny
 from reference import Model
 from runner import Segments
 from tiny import CONTEXT
@@ -77,11 +80,34 @@ class Engine:
         return contexts.tokens[slot, : contexts.length[slot]].tolist()
 
 
-@pytest.fixture(scope="module", params=["a", "b", "c"])
-def pair(request, family):
-    """A target's directory, and the slow reference of it and the family's control."""
-    directory = family.targets[request.param]
-    return directory, Segments(Model(directory), Model(family.control))
+@dataclass(frozen=True)
+class Pair:
+    """A target, a control, and the slow reference of both."""
+
+    target: Path
+    control: Path
+    slow: Segments
+
+    def engine(self, tables, **options) -> Engine:
+        return Engine(self.target, {"control": self.control}, tables, **options)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A target and a control with spellings of several tokens before the first node."""
+    root = tmp_path_factory.mktemp("deep")
+    for place, tokenizer in (
+        (root / "target", tiny.metaspace(900)),
+        (root / "control", tiny.byte_level(330)),
+    ):
+        tiny.save(place, tokenizer, tiny.llama(len(tokenizer), width=64), seed=3)
+    return root / "target", root / "control"
+
+
+@pytest.fixture(scope="module", params=["a", "b", "c", "deep"])
+def pair(request, family, deep):
+    target, control = deep if request.param == "deep" else (family.targets[request.param], family.control)
+    return Pair(target, control, Segments(Model(target), Model(control)))
 
 
 def close(left, right):
@@ -93,10 +119,9 @@ def tokens_of(rng, engine, count):
     return [rng.randrange(engine.width) for _ in range(count)]
 
 
-def test_the_controls_text_is_the_targets_text_after_every_step(family, pair, tmp_path):
+def test_the_controls_text_is_the_targets_text_after_every_step(pair, tmp_path):
     """Special tokens by their counterparts, bytes of unfinished characters one by one."""
-    directory, slow = pair
-    engine, rng = Engine(directory, {"control": family.control}, tmp_path), random.Random(0)
+    slow, engine, rng = pair.slow, pair.engine(tmp_path), random.Random(0)
     engine.add(0, [5, 6], Parameters(control="control", prompt=(7, 8)))
     output = []
     for _ in range(60):
@@ -108,10 +133,9 @@ def test_the_controls_text_is_the_targets_text_after_every_step(family, pair, tm
         engine.write(0, new)
 
 
-def test_a_resumed_request_has_the_context_that_it_had(family, pair, tmp_path):
+def test_a_resumed_request_has_the_context_that_it_had(pair, tmp_path):
     """Its output so far comes with it; a prompt that the control doesn't have is its target's text."""
-    directory, slow = pair
-    engine, rng = Engine(directory, {"control": family.control}, tmp_path), random.Random(1)
+    slow, engine, rng = pair.slow, pair.engine(tmp_path), random.Random(1)
     prompt, output = [1, *tokens_of(rng, engine, 30)], tokens_of(rng, engine, 20)
     for slot, own in enumerate([None, [9, 10]]):
         engine.add(slot, prompt, Parameters(control="control", prompt=own), output)
@@ -183,9 +207,10 @@ def test_a_step_reads_nothing_from_the_device(family, tmp_path, drafts):
         assert logits.any(dim=1).tolist() == [s != 1 for s in slots for _ in range(1 + drafts)]
 
 
-def test_what_was_computed_beside_the_target_is_not_computed_again(family, tmp_path):
-    """One forward a step, in `begin`; a request that was not there in the step before has its own."""
-    engine = Engine(family.b, {"control": family.control}, tmp_path)
+@pytest.mark.parametrize(("routing", "forwards"), [("pm-mined", 1), ("path", 2)])
+def test_what_was_computed_beside_the_target_is_not_computed_again(family, tmp_path, routing, forwards):
+    """One batch a step, in `begin`; a request that was not there in the step before has its own."""
+    engine = Engine(family.b, {"control": family.control}, tmp_path, routing=routing)
     for slot in range(3):
         engine.add(slot, [5, 6 + slot], Parameters(control="control", prompt=(8,)))
     forward = ControlModel.forward
@@ -193,9 +218,59 @@ def test_what_was_computed_beside_the_target_is_not_computed_again(family, tmp_p
         for slots, passes in (([0, 1, 2], 1), ([2, 1, 0], 1), ([0], 1), ([1, 0], 2), ([0, 1], 1)):
             counted.reset_mock()
             engine.step(slots)
-            assert counted.call_count == passes
+            assert counted.call_count == passes * forwards
             for slot in slots:
                 engine.write(slot, [300])
+
+
+def test_what_is_not_finite_in_what_is_looked_ahead_at_reaches_no_other_request(deep, tmp_path):
+    """The rows of a batch write what they look ahead at side by side; the next step writes there again."""
+    target, control = deep
+    engine = Engine(target, {"control": control}, tmp_path)
+    weights = engine.control().control.parts[0].model._model.get_input_embeddings().weight
+    engine.add(0, [5], Parameters(control="control", prompt=(7, 8)))
+    rows = engine.control()
+    engine.step()
+    engine.write(0, [300])
+    ahead, kept = rows._look_ahead, []
+
+    def breaking(wave, places, ends, logits, extra):
+        chosen = rows._path.lookahead(logits.flatten(0, 1)).tokens
+        kept.append(weights[chosen].clone())
+        weights[chosen] = torch.nan
+        found = ahead(wave, places, ends, logits, extra)
+        weights[chosen] = kept[-1]
+        return found
+
+    with mock.patch.object(rows, "_look_ahead", breaking):
+        assert not engine.step()[0].any()
+    assert kept
+    engine.write(0, [301])
+    slow = Segments(Model(target), Model(control))
+    close(engine.step()[0], slow.shift(slow.context([5], [7, 8], engine.texts[0][1:])))
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_control_lets_go_after_as_many_tokens_as_the_request_wants(family, tmp_path, drafts):
+    """Drafts count as they would if they were accepted; a resumed request has what it had before."""
+    engine = Engine(family.b, {"control": family.control}, tmp_path, most_drafts=drafts)
+    engine.add(0, [5, 6], Parameters(control="control", until=3))
+    engine.add(1, [5, 6], Parameters(control="control", until=3), output=[300, 301])
+    steered = {0: [], 1: []}
+    for _ in range(4):
+        rows = torch.arange(2, dtype=torch.int32).repeat_interleave(1 + drafts)
+        offsets = torch.arange(1 + drafts).repeat(2)
+        batch = Batch(np.array([0, 1]), rows, offsets, torch.full_like(rows, 300))
+        logits = torch.zeros(len(rows), engine.width)
+        engine.runtime.begin()
+        engine.runtime.apply(logits, batch)
+        for slot in (0, 1):
+            steered[slot].append(logits[rows == slot].any(dim=1).tolist())
+            engine.write(slot, [302])
+    for slot, before in ((0, 0), (1, 2)):
+        assert steered[slot] == [
+            [before + step + offset < 3 for offset in range(1 + drafts)] for step in range(4)
+        ]
 
 
 def test_a_step_that_brings_nothing_new_changes_nothing(family, tmp_path):
@@ -208,10 +283,9 @@ def test_a_step_that_brings_nothing_new_changes_nothing(family, tmp_path):
     assert engine.context(0) == context
 
 
-def test_rows_that_were_computed_ahead_are_not_taken_for_later_ones(family, pair, tmp_path):
+def test_rows_that_were_computed_ahead_are_not_taken_for_later_ones(pair, tmp_path):
     """Where a step is not begun, its rows are computed when they are wanted."""
-    directory, slow = pair
-    engine = Engine(directory, {"control": family.control}, tmp_path)
+    slow, engine = pair.slow, pair.engine(tmp_path)
     engine.add(0, [5], Parameters(control="control", prompt=(7, 8)))
     engine.step()
     engine.write(0, [300])
@@ -220,11 +294,10 @@ def test_rows_that_were_computed_ahead_are_not_taken_for_later_ones(family, pair
     close(logits[0], slow.shift(slow.context([5], [7, 8], [300])))
 
 
-def test_a_full_pool_costs_time_and_nothing_else(family, pair, tmp_path):
+def test_a_full_pool_costs_time_and_nothing_else(pair, tmp_path):
     """One context's worth of blocks for four requests, which lose them in turns."""
-    directory, slow = pair
-    engine, rng = Engine(directory, {"control": family.control}, tmp_path, cache_bytes=1), random.Random(2)
-    prompts = {slot: [rng.randrange(3, 400) for _ in range(60)] for slot in range(4)}
+    slow, engine, rng = pair.slow, pair.engine(tmp_path, cache_bytes=1), random.Random(2)
+    prompts = {slot: [rng.randrange(3, 300) for _ in range(60)] for slot in range(4)}
     for slot, own in prompts.items():
         engine.add(slot, [5], Parameters(control="control", prompt=own))
     blocks = engine.control().blocks
@@ -259,12 +332,14 @@ def crowd(family, tables, slots=8):
 
 def test_large_steps_are_cut_into_what_memory_has_room_for(family, tmp_path, monkeypatch):
     """Several passes, several calls of attention, the same rows."""
-    whole, (together,) = laid_out(crowd(family, tmp_path))
+    whole, together = laid_out(crowd(family, tmp_path))
+    assert len(together) == 2  # the contexts, and what is looked ahead at
     monkeypatch.setattr(device, "MOST_TOKENS", 300)
     monkeypatch.setattr(device, "MOST_ATTENDED", 280)
+    monkeypatch.setattr(device, "MAX_AHEAD", 1)
     shifts, passes = laid_out(crowd(family, tmp_path))
-    assert len(passes) > 2
-    assert sum(map(len, passes)) > len(together)
+    assert len(passes) > 4
+    assert sum(map(len, passes)) > sum(map(len, together))
     for group in (group for groups in passes for group in groups):
         assert group.slots.numel() <= 280 or len(group.slots) == 1
     for slot, shift in shifts.items():
@@ -276,7 +351,7 @@ def test_a_long_context_does_not_make_short_ones_attend_to_as_much(family, tmp_p
     engine = crowd(family, tmp_path)
     slack = 2 * engine.control().contexts._segments.longest  # the host knows lengths late
     for _ in range(2):
-        _, (groups,) = laid_out(engine)
+        _, (groups, _) = laid_out(engine)
         assert 1 < len(groups) < 8
         for group in groups:
             own = device.BLOCK_SIZE * (group.positions.amax(dim=1) // device.BLOCK_SIZE + 1)
@@ -328,7 +403,7 @@ def test_drafts_never_carry_a_context_past_the_window(family, tmp_path):
         context = engine.context(0)
         for row, draft in zip(logits, range(1 + drafts), strict=True):
             chain = context + [piece for token in tokens[1 : 1 + draft] for piece in slow.segment(token)]
-            assert len(chain) <= CONTEXT
+            assert len(chain) <= engine.control()._window
             close(row, slow.shift(chain))
         engine.write(0, tokens[1 : 1 + rng.randint(1, drafts)])
 
@@ -348,7 +423,7 @@ def test_more_drafts_than_a_window_has_room_for_fail_nothing(family, tmp_path):
     assert len(chains[-1]) > CONTEXT
     for row, chain in zip(logits, chains, strict=True):
         assert row.any()
-        if len(chain) <= CONTEXT:
+        if len(chain) <= engine.control()._window:
             close(row, slow.shift(chain))
 
 
@@ -464,9 +539,9 @@ def test_the_parts_of_a_pack_are_summed_by_their_weights(family, tmp_path):
     engine.step()
     engine.write(0, [300, 301])
     engine.control().contexts.expect(np.array([0]), 2)
-    shifts = [Segments(Model(family.b), Model(place)) for place in (family.control, family.a)]
-    expected = [s.shift(s.context([5], [3, 4, 5], [300, 301])) for s in shifts]
-    close(engine.step()[0], 1.5 * expected[0] - 0.5 * expected[1])
+    parts = [(Model(family.control), 1.5), (Model(family.a), -0.5)]
+    slow = Segments(Model(family.b), parts[0][0], parts=parts)
+    close(engine.step()[0], slow.shift(slow.context([5], [3, 4, 5], [300, 301])))
 
 
 def test_a_control_that_is_not_there_steers_nothing(family, tmp_path):
@@ -487,6 +562,7 @@ def test_a_table_that_spells_with_tokens_that_the_model_lacks_is_refused(family,
         table=SimpleNamespace(segment_ids=np.array([600])),
         vocab_size=600,
         max_context=control.max_context,
+        routings=control.routings,
     )
     with pytest.raises(PackError, match="token 600"):
         device.DeviceControl(fake, engine.runtime._target, engine.history, most_drafts=0)

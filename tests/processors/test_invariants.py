@@ -22,7 +22,6 @@ from trimtab_processors.vllm_v1 import ControlProcessor
 STEPS = 12
 PLENTY = 2**21
 ROUTINGS = ["pm-mined", "path", "pieces"]
-BEAMS = {"a": (1, 1), "b": (1, 1), "c": (2, 2)}
 STRENGTHS = [None, 0.0, 0.5, 1.0, -1.5, 3.0]
 
 
@@ -41,8 +40,7 @@ class Steered:
 
     def __init__(self, family, name, tables) -> None:
         self.name = name
-        beam, depth = BEAMS[name]
-        config = configuration(family, name, tables, routing=f"path-{beam}x{depth}")
+        config = configuration(family, name, tables)
         self.processor = ControlProcessor(config, torch.device("cpu"), False)
         self.runtime = self.processor._runtime
         self.control = self.runtime._controls["control"]
@@ -51,7 +49,7 @@ class Steered:
         self.reference = Reference(*models, window=CONTEXT)
         self.references = {
             "pm-mined": self.reference,
-            "path": PathReference(*models, window=CONTEXT, beam=beam, depth=depth),
+            "path": PathReference(*models, window=CONTEXT),
             "pieces": PiecesReference(*models, window=CONTEXT),
         }
         self.width = self.reference.target.network.config.vocab_size

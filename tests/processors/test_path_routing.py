@@ -16,9 +16,9 @@ import tiny
 from reference import Model, PathReference, PiecesReference
 from trimtab_mappings import ByteEncoder, build_table, read_vocabulary
 from trimtab_mappings.trie import ROOT
-from trimtab_processors.path_routing import PathRouting, Spellings
-from trimtab_processors.pieces import PendingSpelling, PieceShifts
-from trimtab_processors.routing import PmMined
+from trimtab_processors.routing.base import Pair
+from trimtab_processors.routing.pieces import PendingSpelling
+from trimtab_processors.routing.registry import ROUTINGS
 
 MAKERS = {"byte-level": tiny.byte_level, "metaspace": tiny.metaspace, "byte-fallback": tiny.byte_fallback}
 PADDING = 7
@@ -53,23 +53,20 @@ def table_of(reference: PathReference):
     return build_table(*(ByteEncoder(model.tokenizer, read_vocabulary(model.tokenizer)) for model in models))
 
 
-def routing_of(table, width, beam=1, depth=1, *, longest=16, neutral=True, pieces=False):
-    spellings = Spellings(table, width, longest=longest, neutral=neutral)
-    return PathRouting(spellings, beam, depth, PieceShifts(table, width) if pieces else None)
+def routing_of(table, width, name="path", **options):
+    return ROUTINGS[name](Pair(table, width, **options))
 
 
 def routed(reference, routing, contexts, strengths, logits, *, pending=()):
     """What `routing` makes of the reference's models, for the row of logits with the context's own number."""
     rows = torch.stack([reference.control.logits(context) for context in contexts])
-
-    def further(asked):
-        assert len({place for place, _ in asked}) == len(asked) > 0
-        assert all(1 <= len(path) <= routing.lookahead for _, path in asked)
-        return torch.stack([reference.control.logits([*contexts[place], *path]) for place, path in asked])
-
-    shift = routing.route(rows, torch.tensor(strengths), further, pending)
+    lookahead, ahead = routing.lookahead(rows), None
+    if lookahead is not None:
+        assert lookahead.tokens.shape[1] == routing.longest
+        ahead = torch.stack([reference.control.logits(context) for context in lookahead.after(contexts)])
+    shift = routing.shift(rows, torch.tensor(strengths), lookahead, ahead, pending)
     assert shift.finite.all()
-    return shift.over(logits, range(len(contexts)))
+    return shift.resolve(logits, torch.arange(len(contexts)))
 
 
 def node_of(routing, pieces):
@@ -89,7 +86,6 @@ def vocabularies(*kinds):
 def test_the_shift_is_that_of_the_formula(kind, target, control, data):
     """Over vocabularies of every kind, whichever is finer; for masked tokens and negative strengths too."""
     reference, pieces = reference_of(target, control, kind), kind is PiecesReference
-    beam, depth = data.draw(st.integers(1, 3), "beam"), data.draw(st.integers(1, 3), "depth")
     contexts = data.draw(
         st.lists(st.lists(st.integers(0, 99), min_size=1), min_size=1, max_size=4), "contexts"
     )
@@ -105,9 +101,9 @@ def test_the_shift_is_that_of_the_formula(kind, target, control, data):
     logits[masked] = -torch.inf
     table = table_of(reference)
     neutral = data.draw(st.booleans(), "neutral")
-    routing = routing_of(table, width, beam, depth, neutral=neutral, pieces=pieces)
+    waits = data.draw(st.booleans(), "waits")
+    routing = routing_of(table, width, "pieces" if pieces else "path", neutral=neutral, waits=waits)
     reference.neutral = neutral
-    reference.beam, reference.depth = beam, depth
     own = reference.own if pieces else ()
     spelled = [(), *(node for node in own if reference.pending([*node])[0])]
     begun = [data.draw(st.sampled_from(spelled), "pending") for _ in contexts]
@@ -133,29 +129,31 @@ def test_an_expanded_node_decides_between_its_tokens_alone():
     reference = reference_of(COARSE, FINE)
     table = table_of(reference)
     width = reference.target.network.config.vocab_size
-    spellings = Spellings(table, width, longest=16)
+    routing = routing_of(table, width)
     logits, contexts = torch.randn(1, width), [[5, 6, 7]]
     rows = torch.stack([reference.control.logits(context) for context in contexts])
-    without = (logits + 1.5 * spellings.first.shift(rows)).softmax(dim=1)[0]
-    found = (logits + routed(reference, PathRouting(spellings), contexts, [1.5], logits)).softmax(dim=1)[0]
+    without = (logits + 1.5 * routing.first.routed(rows)).softmax(dim=1)[0]
+    found = (logits + routed(reference, routing, contexts, [1.5], logits)).softmax(dim=1)[0]
     firsts = torch.tensor([reference.spellings.get(token, [0])[0] for token in range(width)])
     sums = [torch.zeros(len(rows[0])).index_add(0, firsts, shares) for shares in (without, found)]
     torch.testing.assert_close(*sums)
     assert (found - without).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("pieces", [False, True])
-def test_a_control_beside_its_own_template_is_routed_as_by_pm_mined(pieces):
-    """Nothing is spelled in pieces, so that nothing further is asked for, and nothing is ever pending."""
+@pytest.mark.parametrize("name", ["path", "pieces"])
+def test_a_control_beside_its_own_template_is_routed_as_by_pm_mined(name):
+    """Nothing is spelled in pieces, so that nothing is looked ahead at, and nothing is ever pending."""
     reference = reference_of(FINE, FINE)
     table = table_of(reference)
     width = reference.target.network.config.vocab_size
-    routing = routing_of(table, width, pieces=pieces)
-    assert (routing.lookahead, routing.children) == (0, {})
+    routing = routing_of(table, width, name)
     rows, logits, strengths = torch.randn(2, width), torch.randn(2, width), torch.tensor([1.0, -0.5])
-    found = routing.route(rows, strengths, further=lambda asked: pytest.fail(f"asked for {asked}"))
-    expected = PmMined(table.mapping, width).route(rows, strengths, further=None)
-    assert torch.equal(found.over(logits, [0, 1]), expected.over(logits, [0, 1]))
+    assert (routing.longest, routing.children, routing.lookahead(rows)) == (0, {}, None)
+    found, expected = (
+        each.shift(rows, strengths, None, None).resolve(logits, torch.tensor([0, 1]))
+        for each in (routing, routing_of(table, width, "pm-mined"))
+    )
+    assert torch.equal(found, expected)
 
 
 def test_the_worked_example_of_the_docs():
@@ -174,18 +172,13 @@ def test_the_worked_example_of_the_docs():
     first, second = torch.zeros(1, len(own)), torch.zeros(1, len(own))
     first[0, own[b"S"]] = log(8)
     second[0, own[b"ure"]] = log(16)
-    asked = []
-
-    def further(of):
-        asked.extend(of)
-        return second
 
     def shares_under(routing):
-        shift = routing.route(first, torch.ones(1), further).over(logits, [0])
-        found = (logits + shift).softmax(dim=1)[0]
+        shift = routing.shift(first, torch.ones(1), routing.lookahead(first), second)
+        found = (logits + shift.resolve(logits, torch.tensor([0]))).softmax(dim=1)[0]
         return {token: round(float(found[ids[token]]), 3) for token in shares}
 
-    assert shares_under(PmMined(table.mapping, len(ids))) == {
+    assert shares_under(routing_of(table, len(ids), "pm-mined")) == {
         b"S": 0.235,
         b"Su": 0.141,
         b"Sure": 0.094,
@@ -193,36 +186,47 @@ def test_the_worked_example_of_the_docs():
     }
     path = routing_of(table, len(ids))
     assert shares_under(path) == {b"S": 0.059, b"Su": 0.035, b"Sure": 0.376, b"tea": 0.529}
-    assert asked == [(0, [own[b"S"]])]
+    assert path.lookahead(first).after([[1, 2]]) == [[1, 2, own[b"S"]]]
 
 
 def test_a_shift_can_be_asked_for_twice():
     """The second answer is the first."""
     reference = reference_of(COARSE, FINE)
     width = reference.target.network.config.vocab_size
-    routing = routing_of(table_of(reference), width, 2, 2)
-    rows, logits = torch.randn(3, width), torch.randn(3, width)
-    shift = routing.route(rows, torch.ones(3), lambda asked: torch.randn(len(asked), width))
-    first = shift.over(logits, [0, 2, 1]).clone()
-    assert not torch.equal(shift.over(logits, [0, 1, 2]), first)
-    assert torch.equal(shift.over(logits, [0, 2, 1]), first)
+    routing = routing_of(table_of(reference), width)
+    rows, ahead, logits = (torch.randn(3, width) for _ in range(3))
+    shift = routing.shift(rows, torch.ones(3), routing.lookahead(rows), ahead)
+    first = shift.resolve(logits, torch.tensor([0, 2, 1])).clone()
+    assert not torch.equal(shift.resolve(logits, torch.tensor([0, 1, 2])), first)
+    assert torch.equal(shift.resolve(logits, torch.tensor([0, 2, 1])), first)
 
 
-@pytest.mark.parametrize("broken", [0, 1], ids=["the row", "the further row"])
+@pytest.mark.parametrize("broken", [0, 1], ids=["the row", "the row ahead"])
 def test_a_request_of_which_something_is_not_finite_is_left_alone(broken):
     """And no other."""
     reference = reference_of(COARSE, FINE)
     width = reference.target.network.config.vocab_size
     routing = routing_of(table_of(reference), width)
-    rows, logits = torch.randn(2, width), torch.randn(2, width)
-    more = torch.randn(2, width)
-    (rows, more)[broken][1] = torch.nan
-    shift = routing.route(rows, torch.ones(2), lambda asked: more[[place for place, _ in asked]])
+    rows, logits, ahead = torch.randn(2, width), torch.randn(2, width), torch.randn(2, width)
+    (rows, ahead)[broken][1] = torch.nan
+    shift = routing.shift(rows, torch.ones(2), routing.lookahead(rows), ahead)
     assert shift.finite.tolist() == [True, False]
-    values = shift.over(logits, [0, 1])
+    values = shift.resolve(logits, torch.tensor([0, 1]))
     assert values[0].isfinite().all()
     assert values[0].any()
     assert not values[1].any()
+
+
+def test_a_row_without_anything_likely_looks_ahead_at_nothing():
+    """Whatever is handed back for it, it gets the shift of first tokens."""
+    reference = reference_of(COARSE, FINE)
+    table, width = table_of(reference), reference.target.network.config.vocab_size
+    routing = routing_of(table, width)
+    rows = torch.randn(2, width)
+    rows[1] = -torch.inf
+    rows[1, 0] = 1.0
+    lookahead = routing.lookahead(rows)
+    assert lookahead.after([[7], [8]]) == [[7, *lookahead.tokens[0][: lookahead.lengths[0]].tolist()], [8]]
 
 
 def test_nodes_whose_tokens_have_no_logits_are_not_expanded():
@@ -230,45 +234,33 @@ def test_nodes_whose_tokens_have_no_logits_are_not_expanded():
     reference = reference_of(COARSE, FINE)
     table = table_of(reference)
     width = 600
-    routing = routing_of(table, width, 4, 4)
+    routing = routing_of(table, width)
     rows = torch.randn(1, reference.control.network.config.vocab_size)
-    shift = routing.route(rows, torch.ones(1), lambda asked: rows.expand(len(asked), -1))
-    assert shift.over(torch.randn(1, width), [0]).shape == (1, width)
+    shift = routing.shift(rows, torch.ones(1), routing.lookahead(rows), rows)
+    assert shift.resolve(torch.randn(1, width), torch.tensor([0])).shape == (1, width)
 
 
 def test_a_spelling_that_is_longer_than_the_limit_is_not_followed():
-    """So that there is room for it in every window; nor is one beyond the last round."""
-    table = table_of(reference_of(COARSE, FINE))
-    deepest = int(table.trie.depths.max())
-    assert deepest > 2
-
-    def lookahead(longest, depth):
-        return routing_of(table, 907, 1, depth, longest=longest).lookahead
-
-    assert lookahead(16, deepest) == deepest
-    assert [lookahead(longest, deepest) for longest in (0, 1, 2)] == [0, 1, 2]
-    assert [lookahead(16, rounds) for rounds in (1, 2)] == [
-        max(
-            len(node)
-            for node in reference_of(COARSE, FINE).nodes
-            if reference_of(COARSE, FINE).level(node) < rounds
-        )
-        for rounds in (1, 2)
-    ]
+    """So that there is room for it in every window."""
+    reference = reference_of(("metaspace", 900, 0), FINE)
+    table = table_of(reference)
+    longest = max(len(node) for node in reference.nodes if not reference.above(node))
+    assert longest > 1
+    assert [routing_of(table, 907, longest=limit).longest for limit in (0, 1, 16)] == [0, 1, longest]
 
 
 def test_the_shifts_along_a_spelling_are_that_of_the_whole_token():
     """Whatever the control tokens beside it get: what is added at its pieces, one step after the other."""
     reference = reference_of(FINE, COARSE, PiecesReference)
     width = reference.target.network.config.vocab_size
-    routing = routing_of(table_of(reference), width, pieces=True)
+    routing = routing_of(table_of(reference), width, "pieces")
     spelling = next(node for node in reference.own if len(node) == 3 and not reference.pending([*node])[0])
     (whole,) = reference.own[spelling]
     row, later = (reference.control.logits(context) for context in ([1], [2]))
 
     def shift(row, pending=()):
-        routed = routing.route(row[None], torch.ones(1), lambda asked: row.expand(len(asked), -1), pending)
-        return routed.over(torch.randn(1, width), [0])[0]
+        routed = routing.shift(row[None], torch.ones(1), routing.lookahead(row[None]), row[None], pending)
+        return routed.resolve(torch.randn(1, width), torch.tensor([0]))[0]
 
     first = shift(row)[spelling[0]]
     others = [

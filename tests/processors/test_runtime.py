@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -19,10 +18,8 @@ from trimtab_processors import metrics
 from trimtab_processors.alignment import common_prefix
 from trimtab_processors.control import Target
 from trimtab_processors.model import CachedSequence
-from trimtab_processors.pack import DEFAULT_ROUTING, Component, Pack, beam_of
+from trimtab_processors.pack import DEFAULT_ROUTING, Component, Pack
 from trimtab_processors.parameters import Parameters
-from trimtab_processors.path_routing import PathRouting
-from trimtab_processors.routing import PmMined
 from trimtab_processors.runtime import Request, Runtime
 
 TOKENS = 40
@@ -67,7 +64,6 @@ def make_runtime(family: Family, name: str, tables, control=None, **options) -> 
 ROUTINGS = {
     "pm-mined": Reference,
     "path": PathReference,
-    "path-2x3": partial(PathReference, beam=2, depth=3),
     "pieces": PiecesReference,
 }
 
@@ -139,12 +135,11 @@ def test_a_context_past_the_window_keeps_its_beginning_and_its_end(family, tmp_p
     ("said", "routing"),
     [
         ((None, None, None), DEFAULT_ROUTING),
-        (("path-1x2", None, None), "path-1x2"),
+        (("pieces", None, None), "pieces"),
         (("path", "pm-mined", None), "pm-mined"),
-        (("pm-mined", "path-2x1", None), "path-2x1"),
+        (("pm-mined", "path", None), "path"),
         (("pm-mined", "pm-mined", "path"), "path"),
         (("path", "path", "pm-mined"), "pm-mined"),
-        (("path-2x2", None, "path"), "path-2x2"),  # how many nodes is not the request's choice
     ],
 )
 def test_a_requests_routing_goes_before_the_models_and_that_before_the_packs(family, tmp_path, said, routing):
@@ -155,11 +150,7 @@ def test_a_requests_routing_goes_before_the_models_and_that_before_the_packs(fam
     runtime = make_runtime(family, "b", tmp_path, control=directory, routing=model)
     request = runtime.open(Parameters(control="control", routing=asked), [5], [])
     control = runtime._controls["control"]
-    if routing == "pm-mined":
-        assert isinstance(request.routing, PmMined)
-    else:
-        assert isinstance(request.routing, PathRouting)
-        assert (request.routing.beam, request.routing.depth) == beam_of(routing)
+    assert request.routing is control.routings[routing]
     assert control.describe()["mapping"]["routing"] == (model or pack or DEFAULT_ROUTING)
 
 
@@ -209,9 +200,9 @@ def expert_and_anti_expert(family, directory):
 def test_every_model_of_a_pack_looks_ahead(family, tmp_path):
     """Of an expert and an anti-expert, the further row is the weighted sum as well."""
     pack = expert_and_anti_expert(family, tmp_path)
-    runtime = make_runtime(family, "b", tmp_path, control=pack, routing="path-1x2")
+    runtime = make_runtime(family, "b", tmp_path, control=pack, routing="path")
     parts = [(Model(pack), 1.5), (Model(pack / "anti"), -0.5)]
-    reference = PathReference(Model(family.b), parts[0][0], parts=parts, depth=2)
+    reference = PathReference(Model(family.b), parts[0][0], parts=parts)
     request = runtime.open(Parameters(control="control", prompt=(5, 6)), [5], [])
     logits = torch.randn(1, reference.target.network.config.vocab_size)
     runtime.step([request])

@@ -13,7 +13,7 @@ import torch
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from reference import Model
+from reference import Model, PathReference, Reference
 from runner import Job, Runner, Segments, configuration, request_state
 from tiny import sentences
 from trimtab_processors.parameters import Parameters, parse_xargs, to_xargs
@@ -34,6 +34,9 @@ def jobs(target, controls, count, seed=0):
             strength=rng.choice([0.5, -1.0]),
             prompt=rng.choice([own, None]),
             top_k=rng.choice([None, None, 1, 7, 1024]),
+            min_p=rng.choice([None, None, 0.05]),
+            until=rng.choice([None, None, 5]),
+            routing=rng.choice([None, "path", "pm-mined"]),
         )
 
     made = []
@@ -45,10 +48,22 @@ def jobs(target, controls, count, seed=0):
     return made
 
 
-def guarded(row, shift, top_k):
-    """The shift of the target's own likeliest tokens, where the request says of how many."""
-    likeliest = row.before.argsort(descending=True)[:top_k]
-    return torch.zeros_like(shift).scatter(0, likeliest, shift[likeliest])
+def references_of(target, controls):
+    """The slow references by control and routing; without one, it is path routing."""
+    kinds = {"pm-mined": Reference, "path": PathReference, None: PathReference}
+    return {
+        (name, routing): Segments(target, Model(place), kind)
+        for name, place in controls.items()
+        for routing, kind in kinds.items()
+    }
+
+
+def guarded(row, shift, parameters):
+    """The shift of what the target itself finds likely, if the request says so."""
+    likeliest = row.before.argsort(descending=True)[: parameters.top_k]
+    probabilities = row.before.softmax(dim=0)
+    likely = probabilities >= (parameters.min_p or 0) * probabilities.max()
+    return torch.zeros_like(shift).scatter(0, likeliest, shift[likeliest]) * likely
 
 
 def check(rows, references):
@@ -60,12 +75,12 @@ def check(rows, references):
         elif row.sampled:
             expected = row.before.clone()
             for each in parse_xargs(row.job.xargs):
-                reference = references[each.control]
-                shift = reference.shift(
-                    reference.context(row.job.prompt, each.prompt and [*each.prompt], row.output)
-                )
-                expected += each.strength * guarded(row, shift, each.top_k)
-            torch.testing.assert_close(row.after, expected, atol=1e-4, rtol=1e-4)
+                if each.until is not None and len(row.output) >= each.until:
+                    continue
+                reference = references[each.control, each.routing]
+                context = reference.context(row.job.prompt, each.prompt and [*each.prompt], row.output)
+                expected += guarded(row, reference.shift(context, each.strength, row.before), each)
+            torch.testing.assert_close(row.after, expected, atol=2e-4, rtol=1e-4)
             checked += 1
     return checked
 
@@ -79,7 +94,7 @@ def test_every_row_has_the_shift_of_the_reference(family, tmp_path, engine, cach
     target = Model(directory)
     config = configuration(directory, controls, tmp_path, drafts=drafts, cache_bytes=cache_bytes)
     runner = Runner(config, target, slots=5, drafts=drafts, parts=parts)
-    references = {"control": Segments(target, Model(family.control))}
+    references = references_of(target, controls)
     rows = list(chain(*runner.run(jobs(target, controls, 8))))
     assert check(rows, references) > 5 * TOKENS
     assert any(not row.sampled for row in rows)
@@ -93,7 +108,7 @@ def test_controls_of_different_tokenizers_steer_side_by_side(family, tmp_path, d
     runner = Runner(
         configuration(family.c, controls, tmp_path, drafts=drafts), target, slots=6, drafts=drafts, seed=1
     )
-    references = {name: Segments(target, Model(place)) for name, place in controls.items()}
+    references = references_of(target, controls)
     made = jobs(target, controls, 8, seed=1)
     named = [{each.control for each in parse_xargs(job.xargs)} for job in made if job.xargs]
     assert {"control", "other"} in named
@@ -125,7 +140,7 @@ def test_the_start_says_in_one_line_what_runs(family, tmp_path, caplog):
     [
         ({"contols": {}}, r"trimtab\.contols"),
         ({"control_cpus": [1]}, "V1 model runner"),
-        ({"routing": "path"}, "'control': routing 'path': vLLM's V2 model runner has only 'pm-mined'"),
+        ({"routing": "pieces"}, "'control': routing 'pieces': vLLM's V2 model runner has only the routings"),
     ],
 )
 def test_a_wrong_configuration_is_refused_by_its_key(family, tmp_path, plugin, said):
@@ -151,8 +166,10 @@ def test_the_front_end_refuses_what_is_wrong_and_lets_pass_what_is_right():
     with pytest.raises(VLLMValidationError, match="no control 'nobody' here, there is: control"):
         ControlProcessor.validate_params(SamplingParams(extra_args={"trimtab_control": "nobody"}))
     right = {"trimtab_control": "control", "trimtab_routing": "pm-mined"}
-    with pytest.raises(VLLMValidationError, match="trimtab_routing: 'path': vLLM's V2 model runner has only"):
-        ControlProcessor.validate_params(SamplingParams(extra_args=right | {"trimtab_routing": "path"}))
+    with pytest.raises(
+        VLLMValidationError, match="trimtab_routing: 'pieces': vLLM's V2 model runner has only"
+    ):
+        ControlProcessor.validate_params(SamplingParams(extra_args=right | {"trimtab_routing": "pieces"}))
     with pytest.raises(VLLMValidationError, match="`prompt_logprobs` can't be used under a control"):
         ControlProcessor.validate_params(SamplingParams(extra_args=right, prompt_logprobs=0))
     ControlProcessor.validate_params(SamplingParams(extra_args=right))

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from trimtab_mappings import cached_table, load_encoder
 from trimtab_mappings.trie import ROOT
-from trimtab_processors.control import MOST_LOOKAHEAD
-from trimtab_processors.pack import PIECES, PM_MINED, beam_of, load_pack
-from trimtab_processors.path_routing import PathRouting, Spellings
-from trimtab_processors.pieces import PendingSpelling, PieceShifts
-from trimtab_processors.routing import PmMined, Routing
+from trimtab_processors.control import MAX_LOOKAHEAD
+from trimtab_processors.pack import PM_MINED, load_pack
+from trimtab_processors.routing.base import Pair, Routing
+from trimtab_processors.routing.pieces import PendingSpelling
+from trimtab_processors.routing.registry import ROUTINGS
 from trimtab_training.evaluation.control import Setting
 from trimtab_training.evaluation.target import LoadedTarget
 
@@ -76,11 +76,11 @@ class SlowReference:
         own: Tensor,
         strength: float,
     ) -> Tensor:
-        def further(asked: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
-            return torch.stack([self._row([*context, *path]) for _, path in asked])
-
-        routed = routing.route(self._row(context)[None], torch.tensor([strength]), further, pending)
-        return routed.over(own[None], [0])[0]
+        row = self._row(context)[None]
+        lookahead = routing.lookahead(row)
+        ahead = None if lookahead is None else self._row(lookahead.after([context])[0])[None]
+        shift = routing.shift(row, torch.tensor([strength]), lookahead, ahead, pending)
+        return shift.resolve(own[None], torch.tensor([0]))[0]
 
     def _row(self, context: Sequence[int]) -> Tensor:
         """float32 [control vocabulary]: the weighted sum of the components' logits."""
@@ -88,13 +88,9 @@ class SlowReference:
         return torch.stack(rows).sum(dim=0)
 
     def _routing(self, name: str) -> Routing:
-        if name == PM_MINED:
-            return PmMined(self._table.mapping, self._target.width)
         window = min(model.config.max_position_embeddings for model, _ in self._components)
-        longest = min(MOST_LOOKAHEAD, window // 4)
-        spellings = Spellings(self._table, self._target.width, longest=longest)
-        pieces = PieceShifts(self._table, self._target.width) if name == PIECES else None
-        return PathRouting(spellings, *beam_of(name), pieces)
+        longest = min(MAX_LOOKAHEAD, window // 4)
+        return ROUTINGS[name](Pair(self._table, self._target.width, longest=longest))
 
 
 def _pending(said: Sequence[int], children: Mapping[tuple[int, int], int]) -> tuple[int | None, int]:

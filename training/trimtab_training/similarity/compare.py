@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from trimtab_mappings import MappingTable, cached_table
-from trimtab_processors.routing import PmMined
+from trimtab_processors.routing.pm_mined import PmMinedRouting
 from trimtab_training.evaluation.bootstrap import Estimate, drawn_questions, estimate
 from trimtab_training.similarity.positions import Position
 from trimtab_training.similarity.recipe import ComparedModel, SimilarityRecipe
@@ -135,13 +135,13 @@ def _scores(
 ) -> dict[tuple[str, str], Values]:
     """Float64 [positions] for each measure, matched and shuffled."""
     known = np.where(table.mapping < source.values.shape[1], table.mapping, -1).astype(np.int32)
-    routing = PmMined(known, target.values.shape[1])
+    routing = PmMinedRouting(known, target.values.shape[1])
     own = target.values.gather(1, target.likeliest).double().numpy()
     found = {}
     for kind, order in (("matched", np.arange(len(shuffled))), ("shuffled", shuffled)):
         chunks = [slice(start, start + _ROWS) for start in range(0, len(order), _ROWS)]
         mapped = torch.cat(
-            [routing.shift(source.values[order[rows]]).gather(1, target.likeliest[rows]) for rows in chunks]
+            [routing.routed(source.values[order[rows]]).gather(1, target.likeliest[rows]) for rows in chunks]
         )
         for measure, similarity in MEASURES.items():
             found[measure, kind] = similarity(mapped.double().numpy(), own)

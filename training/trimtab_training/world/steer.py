@@ -15,11 +15,10 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel,
 
 from trimtab_mappings import ByteEncoder, MappingTable, build_table, load_tokenizer, read_vocabulary
 from trimtab_processors.alignment import Aligner, Alignment
-from trimtab_processors.control import MOST_LOOKAHEAD
-from trimtab_processors.pack import DEFAULT_ROUTING, PIECES, PM_MINED, beam_of
-from trimtab_processors.path_routing import PathRouting, Spellings
-from trimtab_processors.pieces import PendingSpelling, PieceShifts
-from trimtab_processors.routing import PmMined, Routing
+from trimtab_processors.pack import DEFAULT_ROUTING, PIECES, PM_MINED
+from trimtab_processors.routing.base import Pair, Routing
+from trimtab_processors.routing.pieces import PendingSpelling
+from trimtab_processors.routing.registry import ROUTINGS as RUNTIME_ROUTINGS
 from trimtab_training.control.examples import View, collate
 from trimtab_training.control.reference import answer_logits
 
@@ -52,11 +51,7 @@ def load(directory: Path) -> Loaded:
 
 def make_routing(name: str, table: MappingTable, width: int) -> Routing:
     """A routing of the control runtime by its name, for logits of `width` columns."""
-    if name == PM_MINED:
-        return PmMined(table.mapping, width)
-    spellings = Spellings(table, width, longest=MOST_LOOKAHEAD)
-    pieces = PieceShifts(table, width) if name == PIECES else None
-    return PathRouting(spellings, *beam_of(name), pieces)
+    return RUNTIME_ROUTINGS[name](Pair(table, width))
 
 
 class Context(NamedTuple):
@@ -103,16 +98,16 @@ def shift_of(
         logits: the target's own.
         strength: the factor on the shift.
     """
-
-    def further(asked: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
-        return rows_after([[*contexts[place].tokens, *path] for place, path in asked])
-
     held = [(place, node) for place, context in enumerate(contexts) if (node := context.node) is not None]
     before = rows_after([contexts[place].before for place, _ in held]) if held else ()
     pending = [PendingSpelling(place, node, row) for (place, node), row in zip(held, before, strict=True)]
     strengths = torch.full((len(contexts),), strength)
-    rows = rows_after([context.tokens for context in contexts])
-    return routing.route(rows, strengths, further, pending).over(logits, range(len(contexts)))
+    tokens = [context.tokens for context in contexts]
+    rows = rows_after(tokens)
+    lookahead = routing.lookahead(rows)
+    ahead = None if lookahead is None else rows_after(lookahead.after(tokens))
+    shift = routing.shift(rows, strengths, lookahead, ahead, pending)
+    return shift.resolve(logits, torch.arange(len(contexts)))
 
 
 @torch.no_grad()

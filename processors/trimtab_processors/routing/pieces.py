@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from trimtab_mappings.trie import ROOT
+from trimtab_processors.routing.path import PathRouting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from trimtab_mappings import MappingTable
+    from trimtab_processors.routing.base import Pair
 
 
 class PendingSpelling(NamedTuple):
@@ -50,24 +51,10 @@ class Continuations(NamedTuple):
 class PieceShifts:
     """The trie of a mapping table's pieces, where the logits live: n nodes, above m entries."""
 
-    def __init__(
-        self,
-        table: MappingTable,
-        width: int,
-        *,
-        logits: int | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        """Prepare the trie.
-
-        Args:
-            table: the mapping table.
-            width: the columns of the target's logits.
-            logits: those of the control; tokens past them count for nothing. None: all tokens have one.
-            device: where rows and logits live.
-        """
-        trie = table.pieces
-        has_logit = trie.entries < (len(table.control_offsets) if logits is None else logits)
+    def __init__(self, pair: Pair) -> None:
+        """Prepare the trie of a pair. Control tokens without a logit count for nothing."""
+        trie, width, device = pair.table.pieces, pair.width, pair.device
+        has_logit = trie.entries < (len(pair.table.control_offsets) if pair.logits is None else pair.logits)
         weights = np.where(has_logit, np.log(trie.weights), -np.inf).astype(np.float32)
         fits = trie.tokens < width
         first = (trie.parents == ROOT) & fits
@@ -166,3 +153,8 @@ def _log_sums(terms: Tensor, owners: Tensor, count: int) -> Tensor:
     most = terms.new_full((len(terms), count), -torch.inf).scatter_reduce(1, owners, terms, "amax")
     sums = torch.zeros_like(most).scatter_add_(1, owners, (terms - most.gather(1, owners)).exp())
     return sums.log() + most
+
+
+def make(pair: Pair) -> PathRouting:
+    """Make path routing that carries tokens in pieces, too."""
+    return PathRouting(pair, PieceShifts(pair))
