@@ -20,7 +20,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serving import STOP_SECONDS, free_port, wait_until_answers
 
-PLUGIN = ("--logits-processors", "trimtab_processors.vllm_v1:ControlProcessor")
+PLUGIN = ("--logits-processors", "trimtab_processors:ControlProcessor")
+V1, V2 = "v1", "v2"
+"""vLLM's model runners."""
+TRITON_ON_CPUS = Path(__file__).resolve().with_name("triton_on_cpus")
 HOT = (
     *("--middleware", "trimtab_processors.endpoints.ControlEndpoints"),
     *("--worker-extension-cls", "trimtab_processors.worker_extension.ControlWorker"),
@@ -52,15 +55,20 @@ def engine(
     directory: Path,
     *args: str,
     plugin: Mapping[str, Any] | None = None,
+    runner: str = V1,
     cores: str = "0",
     variables: Mapping[str, str] | None = None,
 ) -> Iterator[Engine]:
-    """Serve `model` as `m` until the block ends, with the plugin where it has settings."""
+    """Serve `model` as `m` until the block ends, with the plugin where it has settings.
+
+    The V2 runner schedules asynchronously, and has its kernels interpreted.
+    """
     port = free_port()
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
         *("--served-model-name", "m", "--port", str(port), "--dtype", "float32", "--enforce-eager"),
-        *("--no-async-scheduling", "--logprobs-mode", "processed_logprobs", *args),
+        *("--async-scheduling" if runner == V2 else "--no-async-scheduling",),
+        *("--logprobs-mode", "processed_logprobs", *args),
     ]
     if plugin is not None:
         command += [*PLUGIN, "--additional-config", json.dumps({"trimtab": plugin})]
@@ -69,7 +77,8 @@ def engine(
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": cores,
             "PROMETHEUS_MULTIPROC_DIR": metrics,
-            "VLLM_USE_V2_MODEL_RUNNER": "0",
+            "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == V2)),
+            **({"TRITON_INTERPRET": "1", "PYTHONPATH": str(TRITON_ON_CPUS)} if runner == V2 else {}),
             **(variables or {}),
         }
         environment.pop("OMP_NUM_THREADS", None)

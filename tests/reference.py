@@ -189,6 +189,10 @@ class Reference:
                     run = self.texts.tokenize(text[: len(text) - len(waiting)])
             yield done + run
 
+    def prompt(self, prompt: list[int]) -> list[int]:
+        """What a control reads that has no prompt of its own: the text of the target's."""
+        return self.control.tokenizer.encode(self.target.tokenizer.decode(prompt))
+
     def goes_on(self, generated: list[int], token: int) -> bool:
         """Whether a token is the next piece of what is taken in as a whole."""
         return False
@@ -229,20 +233,25 @@ class Reference:
         forced: list[int],
         *,
         top_k: int = 0,
+        min_p: float = 0.0,
+        until: int = 0,
         seen: Callable[[torch.Tensor, list[int]], torch.Tensor] = lambda logits, _: logits,
     ) -> Iterator[torch.Tensor]:
-        """The controlled logits before each token of `forced`, of which only the `top_k` likeliest are
-        shifted, where it says so. `seen` makes of the target's logits, and what it said so far, those that
+        """The controlled logits before each of the first `until` tokens of `forced`, and the target's before the
+        others. Only the `top_k` likeliest tokens are shifted, and those at least `min_p` as likely as the
+        likeliest, where it says so. `seen` makes of the target's logits, and what it said so far, those that
         the control sees."""
         contexts = [own_prompt + context for context in islice(self.contexts(forced), len(forced))]
         for position in range(len(forced)):
             logits = self.target.logits(prompt + forced[:position])
             logits = seen(logits, forced[:position])
-            if strength:
+            if strength and (not until or position < until):
                 shift = self.shift_after(forced[:position], contexts, strength, logits)
                 if top_k:
                     likely = logits >= logits.sort(descending=True).values[top_k - 1]
                     shift = torch.where(likely, shift, 0.0)
+                probabilities = logits.softmax(dim=0)
+                shift = torch.where(probabilities >= min_p * probabilities.max(), shift, 0.0)
                 logits = logits + shift
             yield logits
 
@@ -441,3 +450,52 @@ def unfinished(data: bytes) -> bytes:
             except UnicodeDecodeError:
                 continue
     return b""
+
+
+class Segmented(Reference):
+    """Alignment in mode `segments`, as on vLLM's V2 runner: each target token's bytes in control tokens.
+
+    When a context is cut depends on what its host knows, and how far on nothing else: `behind` says by how
+    many strides a context is cut less than it can be.
+    """
+
+    drafts = 0
+    behind = 0
+
+    def segment(self, token: int) -> list[int]:
+        """One token's bytes; a special token's counterpart."""
+        data = self.target.bytes[token] if 0 <= token < len(self.target.bytes) else b""
+        if data is None:
+            return [self.mapping[token]] if self.mapping[token] >= 0 else []
+        spelled = self.texts.spelled
+        return [spelled[data]] if data in spelled else self.texts.tokenize(data)
+
+    @cached_property
+    def longest(self) -> int:
+        return max(len(self.segment(token)) for token in range(len(self.target.bytes)))
+
+    def cut(self, context: list[int]) -> list[int]:
+        """Leave out whole strides, so that the next step fits into the window whatever it brings."""
+        if len(context) <= self.window // 2:
+            return context
+        growth = self.longest * (1 + self.drafts)
+        limit = self.window - min(max(self.window // 8, growth), self.window // 2)
+        strides = max(-(-(len(context) - limit) // (limit // 2)) - self.behind, 0)
+        kept = int(context[:1] == [self.control.tokenizer.bos_token_id])
+        return context[:kept] + context[kept + strides * (limit // 2) :]
+
+    def contexts(self, generated: list[int]) -> Iterator[list[int]]:
+        done: list[int] = []
+        yield done
+        for token in generated:
+            done = done + self.segment(token)
+            yield done
+
+    def prompt(self, prompt: list[int]) -> list[int]:
+        """The text of a target's prompt in control tokens, without its special tokens."""
+        text = [token for token in prompt if self.target.bytes[token] is not None]
+        return [self.control.tokenizer.bos_token_id, *(i for token in text for i in self.segment(token))]
+
+
+class SegmentedPath(Segmented, PathReference):
+    """Path routing on the V2 runner."""

@@ -23,9 +23,9 @@ from vllm.v1.worker.gpu.sample.logits_processor import (
 )
 from vllm.v1.worker.gpu.states import RequestState
 
-from reference import Model, PathReference, Reference
+from reference import Model, Segmented, SegmentedPath
 
-ADAPTER = "trimtab_processors.vllm_v2:ControlProcessor"
+ADAPTER = "trimtab_processors:ControlProcessor"
 MAX_LENGTH = 400
 
 
@@ -226,30 +226,18 @@ class Runner:
 
 
 class Segments:
-    """The slow reference of alignment in mode `segments`: each context from scratch, in plain
-    transformers."""
+    """The slow reference of alignment in mode `segments`, for contexts that a test writes itself."""
 
     def __init__(
-        self, target: Model, control: Model, routing: type[Reference] = PathReference, **options
+        self, target: Model, control: Model, routing: type[Segmented] = SegmentedPath, **options
     ) -> None:
         self.reference = routing(target, control, **options)
-        self.bytes, self.spelled = target.bytes, self.reference.texts.spelled
-
-    def segment(self, token: int) -> list[int]:
-        """One token's bytes in control tokens; a special token's counterpart."""
-        if not 0 <= token < len(self.bytes):
-            return []
-        data = self.bytes[token]
-        if data is None:
-            return [self.reference.mapping[token]] if self.reference.mapping[token] >= 0 else []
-        return [self.spelled[data]] if data in self.spelled else self.reference.texts.tokenize(data)
+        self.bytes = target.bytes
+        self.segment = self.reference.segment
 
     def context(self, prompt: list[int], own: list[int] | None, output: list[int]) -> list[int]:
         """The control's tokens: its own prompt or the target's, and what was generated."""
-        if own is None:
-            text = [token for token in prompt if self.bytes[token] is not None]
-            own = [self.reference.control.tokenizer.bos_token_id]
-            own += [piece for token in text for piece in self.segment(token)]
+        own = self.reference.prompt(prompt) if own is None else own
         return own + [piece for token in output for piece in self.segment(token)]
 
     def shift(

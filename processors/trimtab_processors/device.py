@@ -69,6 +69,8 @@ class Batch:
     """int [rows]: its place among the rows of its request: 0 after what was sampled, j after draft j."""
     row_tokens: Tensor
     """int [rows]: the token that the row follows on."""
+    row_lengths: Tensor
+    """int64 [rows]: the number of tokens that the row follows on, drafts included."""
 
 
 class Rows(NamedTuple):
@@ -460,15 +462,14 @@ class DeviceControl:
         members = np.flatnonzero(self.members[batch.slots])
         slots = self._served = batch.slots[members]
         if drafts is None:
-            self._apply_single(logits, own, slots, members)
+            self._apply_single(logits, own, batch, members)
             self._recent.append(slots)  # with drafts, what could be computed ahead is not worth a pass
         else:
             self._apply_drafts(logits, own, batch, self.rows(slots, drafts))
         self.contexts.expect(slots, 1 + (drafts.shape[1] if drafts is not None else 0))
 
-    def _apply_single(
-        self, logits: Tensor, own: Tensor, slots: NDArray[np.int64], members: NDArray[np.int64]
-    ) -> None:
+    def _apply_single(self, logits: Tensor, own: Tensor, batch: Batch, members: NDArray[np.int64]) -> None:
+        slots = batch.slots[members]
         row_of = np.full(len(self._pending), -1)
         row_of[slots] = members
         ahead = self._ahead
@@ -478,8 +479,7 @@ class DeviceControl:
             if rows:
                 picked = np.flatnonzero(np.isin(rows.slots, ready if rows is ahead else late))
                 pick, row = upload(np.stack((picked, row_of[rows.slots[picked]])), self._device)
-                offset = torch.zeros_like(pick)
-                shift = self._shift(rows, pick, offset, own=own, index=row, slots=rows.slots[picked])
+                shift = self._shift(rows, pick, own, batch, row, slots=rows.slots[picked])
                 logits.index_add_(0, row, shift.to(logits.dtype))
 
     def _apply_drafts(self, logits: Tensor, own: Tensor, batch: Batch, rows: Rows) -> None:
@@ -487,43 +487,36 @@ class DeviceControl:
         place_of[rows.places] = torch.arange(len(rows.slots), device=self._device)
         owner = place_of[batch.row_slots.long()]
         every = torch.arange(len(logits), device=self._device)
-        offset = batch.row_offsets.long()
-        shift = self._shift(rows, owner.clamp(min=0), offset, own=own, index=every, slots=rows.slots)
+        shift = self._shift(rows, owner.clamp(min=0), own, batch, every, slots=rows.slots)
         shift = torch.where(owner[:, None] >= 0, shift, 0.0)
         logits.add_(shift.to(logits.dtype))
 
     def _shift(
-        self,
-        rows: Rows,
-        pick: Tensor,
-        offset: Tensor,
-        *,
-        own: Tensor,
-        index: Tensor,
-        slots: NDArray[np.int64],
+        self, rows: Rows, pick: Tensor, own: Tensor, batch: Batch, index: Tensor, *, slots: NDArray[np.int64]
     ) -> Tensor:
         """The shift of n rows: 0 where there is no context, or it is not finite, or the control has let go.
 
         Args:
             rows: what was computed.
             pick: int64 [n], the place of each row's slot in it.
-            offset: int64 [n], the number of drafts before each row.
             own: float [rows of the step, width], the target's own logits.
-            index: int64 [n], which of them are shifted.
+            batch: the step.
+            index: int64 [n], which of its rows are shifted.
             slots: all slots of these rows, on the host.
 
         Returns:
             float32 [n, width].
         """
-        places = rows.places[pick]
+        places, offset, length = rows.places[pick], batch.row_offsets[index].long(), batch.row_lengths[index]
         shift, finite = self._routed(rows, pick, offset, own=own, index=index, slots=slots)
         if self.guards(slots):
             largest = int(self._top_k[slots].max())
             guards = self._top_ks[places], self._min_ps[places], largest
             shift = within_guards(own[index], shift, *guards)
-        steers = self._history.length[places] + offset < self._ends[places]
-        known = rows.known[pick] & steers
-        self._counts[:2] += torch.stack(((known & finite).sum(), (known & ~finite).sum()))
+        known = rows.known[pick] & (length < self._ends[places])
+        # of a prompt that is half read, the row is not sampled from
+        counts = known & (length - offset >= self._history.length[places])
+        self._counts[:2] += torch.stack(((counts & finite).sum(), (counts & ~finite).sum()))
         return torch.where((known & finite)[:, None], shift, 0.0)
 
     def _routed(

@@ -74,7 +74,12 @@ _MinPs = Annotated[float, Field(ge=_NO_MIN_P, le=1)]
 _Untils = Annotated[StrictInt, Field(ge=_NO_UNTIL, le=MAX_UNTIL)]
 
 
-_OPTIONAL = {"top_k": _NO_TOP_K, "min_p": _NO_MIN_P, "until": _NO_UNTIL, "routing": _NO_ROUTING}
+_OPTIONAL: Mapping[str, Any] = {
+    "top_k": _NO_TOP_K,
+    "min_p": _NO_MIN_P,
+    "until": _NO_UNTIL,
+    "routing": _NO_ROUTING,
+}
 """The options that one of several controls may lack, and what stands for that in a list."""
 
 

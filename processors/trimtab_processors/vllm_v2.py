@@ -94,6 +94,6 @@ class ControlProcessor(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
         """Shift float32 [rows, vocabulary] in place."""
-        rows = Batch(ctx.idx_mapping_np, ctx.expanded_idx_mapping, ctx.expanded_local_pos, ctx.input_ids)
-        self._runtime.apply(logits, rows)
+        rows = (ctx.expanded_idx_mapping, ctx.expanded_local_pos, ctx.input_ids, ctx.pos + 1)
+        self._runtime.apply(logits, Batch(ctx.idx_mapping_np, *rows))
         return logits

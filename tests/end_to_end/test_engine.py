@@ -1,6 +1,7 @@
 """The plugin in a stock vLLM server, whatever its scheduler and its sampler do, against the slow reference.
 
-Prefix caching is on. Three controls with tokenizers of their own, and a pack of an expert and an anti-expert,
+Every test runs on vLLM's V1 runner, and on its V2 runner with asynchronous scheduling. Prefix caching is on.
+Three controls with tokenizers of their own, and a pack of an expert and an anti-expert,
 are served at once.
 """
 
@@ -20,8 +21,8 @@ import torch
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 
 import tiny
-from engines import Engine, engine
-from reference import Model, PathReference, PiecesReference, Reference
+from engines import V1, V2, Engine, engine
+from reference import Model, PathReference, PiecesReference, Reference, Segmented, SegmentedPath
 from tiny import sentences
 from trimtab_processors.pack import DEFAULT_ROUTING, Component, Pack
 from trimtab_processors.settings import DEFAULT_KL_EVERY
@@ -38,6 +39,15 @@ STARVED = ("--num-gpu-blocks-override", str(BLOCKS), "--max-num-batched-tokens",
 ROOMY = ("--max-num-batched-tokens", str(MOST * tiny.CONTEXT))
 """On CPUs vLLM 0.32 can't read the prompt of a request with a seed in pieces."""
 WINDOW = 64
+DRAFTS = 2
+
+
+def drafted(target: Path) -> tuple[str, str]:
+    """Arguments with which the target drafts for itself, so that many drafts are accepted."""
+    settings = {"method": "draft_model", "model": str(target), "num_speculative_tokens": DRAFTS}
+    return ("--speculative-config", json.dumps(settings))
+
+
 CLOSE = 2e-3
 """Logprobs of the engine and of the reference agree within this."""
 TIE = 1e-4
@@ -47,6 +57,7 @@ TIE = 1e-4
 class World:
     """A target, and controls of every kind beside it."""
 
+    runner: str
     target: Path
     controls: dict[str, Path]
     references: dict[str, Reference]
@@ -56,12 +67,28 @@ class World:
     def model(self) -> Model:
         return self.references["other pm-mined"].target
 
+    @property
+    def drafts(self) -> int:
+        """The drafts that a request may have in the engine that is starved."""
+        return DRAFTS if self.runner == V2 else 0
+
+    @property
+    def routings(self) -> list[str]:
+        """Those that the runner has."""
+        return ["pm-mined", "path", "pieces"] if self.runner == V1 else ["pm-mined", "path"]
+
     def control(self, name: str) -> Model:
         return self.references[f"{name} pm-mined"].control
 
 
+@pytest.fixture(scope="module", params=[V1, V2])
+def runner(request):
+    """The model runner of vLLM."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def world(family, tmp_path_factory):
+def world(family, runner, tmp_path_factory):
     """`other` cuts otherwise than the target, `chars` has no bytes and a short window, `bytes` falls back to
     bytes, `pair` is an expert and an anti-expert."""
     root = tmp_path_factory.mktemp("world")
@@ -84,17 +111,15 @@ def world(family, tmp_path_factory):
         "bytes": (models["bytes"], {}),
         "pair": (models["pair"], {"parts": [(models["pair"], 1.5), (models["anti"], -0.5)]}),
     }
-    routings = {
-        "pm-mined": Reference,
-        "path": PathReference,
-        "pieces": PiecesReference,
-    }
+    routings = {"pm-mined": Reference, "path": PathReference, "pieces": PiecesReference}
+    if runner == V2:
+        routings = {"pm-mined": Segmented, "path": SegmentedPath}
     references = {
         f"{control} {routing}": make(target, model, **options)
         for control, (model, options) in controls.items()
         for routing, make in routings.items()
     }
-    return World(family.b, {name: places[name] for name in controls}, references)
+    return World(runner, family.b, {name: places[name] for name in controls}, references)
 
 
 def plugin(world: World, directory: Path) -> dict[str, Any]:
@@ -106,20 +131,22 @@ def plugin(world: World, directory: Path) -> dict[str, Any]:
 def server(world, tmp_path_factory):
     """An engine with the plugin and room for all."""
     directory = tmp_path_factory.mktemp("engine")
-    with engine(world.target, directory, *ARGS, *ROOMY, plugin=plugin(world, directory)) as running:
+    settings = plugin(world, directory)
+    with engine(world.target, directory, *ARGS, *ROOMY, plugin=settings, runner=world.runner) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def starved(world, tmp_path_factory):
     """One with blocks for a few requests, so that it preempts, and a budget of few tokens a step, so that it
-    reads prompts in pieces."""
+    reads prompts in pieces. On V2 it drafts, too, which vLLM refuses beside a processor on V1."""
     directory = tmp_path_factory.mktemp("starved")
     with engine(
         world.target,
         directory,
-        *(*ARGS, *STARVED),
+        *(*ARGS, *STARVED, *(drafted(world.target) if world.runner == V2 else ())),
         plugin=plugin(world, directory),
+        runner=world.runner,
         cores="1",
     ) as running:
         yield running
@@ -135,7 +162,11 @@ class Ask:
     own: list[int] | None = None
     """The control's prompt."""
     top_k: int = 0
+    min_p: float = 0.0
+    until: int = 0
     routing: str | None = None
+    drafts: int = 0
+    """Of the engine that is asked."""
     seen: Any = lambda logits, _: logits
     """What vLLM does to the target's logits before the control sees them; also given the output so far."""
     tokens: int = 24
@@ -148,7 +179,8 @@ class Ask:
             xargs = {"trimtab_control": self.control, "trimtab_strength": self.strength}
             xargs |= {"trimtab_prompt": self.own} if self.own else {}
             xargs |= {"trimtab_top_k": self.top_k} if self.top_k else {}
-            xargs |= {"trimtab_routing": self.routing} if self.routing else {}
+            options = {"min_p": self.min_p, "until": self.until, "routing": self.routing}
+            xargs |= {f"trimtab_{name}": value for name, value in options.items() if value}
         extra = {"return_token_ids": True, "return_tokens_as_token_ids": True, "vllm_xargs": xargs}
         sampling = {"temperature": 0.0, **self.body}
         known = {"temperature", "n", "seed", "stop", "logit_bias", "presence_penalty", "frequency_penalty"}
@@ -198,11 +230,15 @@ def ask_for(world: World, control: str, prompt: list[int], **options: Any) -> As
     return Ask(prompt, control, own=own_prompt(world, control), **options)
 
 
-def expected_logits(world: World, ask: Ask, output: list[int]) -> list[torch.Tensor]:
+def expected_logits(world: World, ask: Ask, output: list[int], behind: int = 0) -> list[torch.Tensor]:
+    """`behind`: see `Segmented`."""
     if ask.control is None:
         return [world.model.logits(ask.prompt + output[:position]) for position in range(len(output))]
     reference = world.references[f"{ask.control} {ask.routing or DEFAULT_ROUTING}"]
-    return list(reference.logits(ask.prompt, ask.own, ask.strength, output, top_k=ask.top_k, seen=ask.seen))
+    if isinstance(reference, Segmented):
+        reference.behind, reference.drafts = behind, ask.drafts
+    guards = {"top_k": ask.top_k, "min_p": ask.min_p, "until": ask.until}
+    return list(reference.logits(ask.prompt, ask.own, ask.strength, output, seen=ask.seen, **guards))
 
 
 def check(world: World, ask: Ask, choice: Any, adjust: Any = lambda logits, output: logits) -> int:
@@ -211,16 +247,31 @@ def check(world: World, ask: Ask, choice: Any, adjust: Any = lambda logits, outp
     `adjust` does to the reference's logits, given the output so far, what the request asked the sampler for.
     """
     output = choice.token_ids
-    expected = expected_logits(world, ask, output)
-    for position, logits in enumerate(expected):
-        logprobs = adjust(logits.clone(), output[:position]).log_softmax(dim=0)
+    is_cut_late = world.runner == V2 and ask.control == "chars"  # the only one with a window that is reached
+    for position, candidates in enumerate(
+        zip(
+            *(expected_logits(world, ask, output, behind) for behind in range(1 + 2 * is_cut_late)),
+            strict=True,
+        )
+    ):
         top = choice.logprobs.top_logprobs[position]
         given = {int(name.removeprefix("token_id:")): value for name, value in top.items()}
+        rows = [adjust(logits.clone(), output[:position]).log_softmax(dim=0) for logits in candidates]
+        logprobs = min(
+            rows, key=lambda row: max(abs(value - float(row[token])) for token, value in given.items())
+        )
         for token, value in given.items():
             assert value == pytest.approx(max(float(logprobs[token]), -9999.0), abs=CLOSE)
         if not ask.body.get("temperature"):
             assert float(logprobs.max() - logprobs[output[position]]) <= TIE
     return len(output)
+
+
+def counted(world: World, server: Engine, name: str, **labels: str) -> float:
+    """A metric of the plugin, which on V2 counts some steps late."""
+    if world.runner == V2:
+        complete(server, Ask(prompts(world, 1)[0], tokens=4))
+    return server.metric(name, **labels)
 
 
 CONTROLS = ("other", "chars", "bytes", "pair")
@@ -232,9 +283,9 @@ def test_requests_that_join_and_leave_are_preempted_and_share_a_step_with_other_
     asks = []
     for number, prompt in enumerate(prompts(world, 24, seed=1)):
         control = (*CONTROLS, None)[number % 5]
-        options = {"tokens": 20 + 3 * number, "body": {"ignore_eos": True}}
+        options = {"tokens": 20 + 3 * number, "body": {"ignore_eos": True}, "drafts": world.drafts}
         strength = (1.0, -1.0, 0.5)[number % 3]
-        options["routing"] = ("pm-mined", "path", "pieces")[number % 3]
+        options["routing"] = world.routings[number % len(world.routings)]
         asks.append(
             ask_for(world, control, prompt, strength=strength, **options)
             if control
@@ -248,10 +299,12 @@ def test_requests_that_join_and_leave_are_preempted_and_share_a_step_with_other_
 def test_a_prompt_that_is_read_in_pieces_is_counted_once(world, starved):
     """As many shifted rows as tokens, though the rows of a half-read prompt reach the processor too."""
     long = long_prompt(world, 4 * BUDGET)
-    ask = ask_for(world, "other", long, tokens=12, routing="path", body={"ignore_eos": True})
-    before = starved.metric("trimtab_controlled_tokens_total", control="other")
+    options = {"routing": "path", "body": {"ignore_eos": True}, "drafts": world.drafts}
+    ask = ask_for(world, "other", long, tokens=12, **options)
+    before = counted(world, starved, "trimtab_controlled_tokens_total", control="other")
     check(world, ask, *complete(starved, ask))
-    assert starved.metric("trimtab_controlled_tokens_total", control="other") - before == 12
+    rows = counted(world, starved, "trimtab_controlled_tokens_total", control="other") - before
+    assert 12 <= rows <= 12 * (1 + world.drafts)
 
 
 @pytest.mark.parametrize("control", CONTROLS)
@@ -300,11 +353,16 @@ def penalized(prompt: list[int], *, presence: float = 0, frequency: float = 0, r
 @pytest.mark.parametrize(
     "penalties", [{"presence": 1.5}, {"frequency": 0.8}, {"repetition": 1.4}], ids=lambda p: next(iter(p))
 )
-def test_penalties_act_on_the_controlled_distribution(world, server, control, penalties):
-    """After the shift, as in every vLLM."""
+def test_penalties_act_beside_the_shift(world, server, control, penalties):
+    """On V1 after the shift; on V2 before, so that the control sees the penalized logits."""
     ((name, value),) = penalties.items()
     ask = ask_for(world, control, prompts(world, 1, seed=5)[0], body={f"{name}_penalty": value})
-    check(world, ask, *complete(server, ask), penalized(ask.prompt, **penalties))
+    (choice,) = complete(server, ask)
+    penalty = penalized(ask.prompt, **penalties)
+    if world.runner == V2:
+        check(world, replace(ask, seen=penalty), choice)
+    else:
+        check(world, ask, choice, penalty)
 
 
 def test_temperature_scales_the_controlled_distribution(world, server):
@@ -386,6 +444,16 @@ def test_a_guard_shifts_only_what_the_target_finds_likely(world, server, top_k):
     check(world, ask, *complete(server, ask))
 
 
+@pytest.mark.parametrize("control", ["chars", "pair"])
+def test_a_control_lets_go_and_spares_what_the_target_finds_unlikely(world, server, control):
+    """`until` counts generated tokens; `min_p` is a share of the likeliest token's probability."""
+    options = {"min_p": 0.2, "until": 7, "strength": 2.0, "tokens": 12, "body": {"ignore_eos": True}}
+    ask = ask_for(world, control, prompts(world, 1, seed=21)[0], **options)
+    before = counted(world, server, "trimtab_controlled_tokens_total", control=control)
+    check(world, ask, *complete(server, ask))
+    assert counted(world, server, "trimtab_controlled_tokens_total", control=control) - before == 7
+
+
 @pytest.mark.parametrize("control", CONTROLS)
 def test_text_that_splits_characters_and_has_special_tokens_reaches_the_control_whole(world, server, control):
     """Emoji, Chinese, combining marks, bytes that are no text, ends of turn: sampled from nothing else."""
@@ -413,6 +481,8 @@ def _is_text(data: bytes | None) -> bool:
 @pytest.mark.parametrize("routing", ["pm-mined", "path", "pieces"])
 def test_a_context_past_the_window_keeps_its_beginning_and_its_end(world, server, routing):
     """A control with a window of 64 steers an answer of 150 tokens, and says that it forgot."""
+    if routing not in world.routings:
+        pytest.skip(f"{routing} is not on {world.runner}")
     before = server.metric("trimtab_context_truncations_total", control="chars")
     options = {"tokens": 150, "routing": routing, "body": {"ignore_eos": True}}
     ask = ask_for(world, "chars", prompts(world, 1, seed=13)[0], **options)
@@ -425,7 +495,7 @@ def test_without_a_prompt_of_its_own_a_control_reads_the_text_of_the_targets(wor
     """As without the gateway."""
     prompt = prompts(world, 1, seed=14)[0]
     ask = Ask(prompt, control, tokens=12)
-    own = world.control(control).tokenizer.encode(world.model.tokenizer.decode(prompt))
+    own = world.references[f"{control} path"].prompt(prompt)
     check(world, Ask(prompt, control, own=own, tokens=12), *complete(server, ask))
 
 
@@ -474,8 +544,7 @@ def test_the_shifts_of_several_controls_are_summed(world, server):
     with client(server) as api:
         choices = api.completions.create(**request).choices
     output = choices[0].token_ids
-    text = world.model.tokenizer.decode(prompt)
-    own["pair"] = world.control("pair").tokenizer.encode(text)
+    own["pair"] = world.references["pair path"].prompt(prompt)
     added = torch.zeros(len(output), len(world.model.logits(prompt)))
     plain = expected_logits(world, ask, output)
     for name, strength, top_k in given:
@@ -623,7 +692,8 @@ def test_off_and_strength_zero_are_to_the_bit_those_of_a_server_without_the_plug
     """Tokens and logprobs, greedy and sampled; and an empty prompt is answered alike."""
     bodies = [{"seed": i, "temperature": t} for i, t in enumerate((0.0, 0.7, 1.0, 1.0))]
     asked = list(zip(prompts(world, len(bodies), seed=16), bodies, strict=True))
-    with engine(world.target, tmp_path_factory.mktemp("plain"), *ARGS, *ROOMY) as plain:
+    directory = tmp_path_factory.mktemp("plain")
+    with engine(world.target, directory, *ARGS, *ROOMY, runner=world.runner) as plain:
         for prompt, body in asked:
             expected = dump(complete(plain, Ask(prompt, body=body)))
             assert dump(complete(server, Ask(prompt, body=body))) == expected
@@ -650,7 +720,8 @@ def test_every_rank_of_two_shifts_alike(world, tmp_path_factory):
     """Tensor parallel size 2: what comes out is what one rank gives."""
     directory = tmp_path_factory.mktemp("parallel")
     args = ("--tensor-parallel-size", "2", "--max-model-len", str(tiny.CONTEXT))
-    with engine(world.target, directory, *args, plugin=plugin(world, directory), cores="0|1") as server:
+    settings = plugin(world, directory)
+    with engine(world.target, directory, *args, plugin=settings, runner=world.runner, cores="0|1") as server:
         asks = [
             ask_for(world, CONTROLS[i % 4], prompt, tokens=16)
             for i, prompt in enumerate(prompts(world, 6, seed=17))
@@ -658,6 +729,6 @@ def test_every_rank_of_two_shifts_alike(world, tmp_path_factory):
         tokens = sum(
             check(world, ask, choice) for ask, choice in zip(asks, complete_all(server, asks), strict=True)
         )
-        assert server.metric("trimtab_controlled_tokens_total") == tokens
+        assert counted(world, server, "trimtab_controlled_tokens_total") == tokens
         steps = server.metric("trimtab_steps_total")
         assert server.metric("trimtab_shift_kl_nats_count") == steps // DEFAULT_KL_EVERY > 0

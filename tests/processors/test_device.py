@@ -62,7 +62,12 @@ class Engine:
 
     def batch(self, slots):
         rows = torch.tensor(slots, dtype=torch.int32)
-        return Batch(np.array(slots), rows, torch.zeros_like(rows), torch.zeros_like(rows))
+        return Batch(
+            np.array(slots), rows, torch.zeros_like(rows), torch.zeros_like(rows), self.lengths(rows)
+        )
+
+    def lengths(self, rows, offsets=0):
+        return self.history.length[rows] + offsets
 
     def step(self, slots=None):
         """The shifts of each slot's row."""
@@ -198,7 +203,9 @@ def test_a_step_reads_nothing_from_the_device(family, tmp_path, drafts):
         if drafts:
             rows = batch.row_slots.repeat_interleave(1 + drafts, output_size=len(logits))
             offsets = torch.arange(1 + drafts).repeat(len(slots))
-            batch = Batch(batch.slots, rows, offsets, torch.full_like(rows, 300))
+            batch = Batch(
+                batch.slots, rows, offsets, torch.full_like(rows, 300), engine.lengths(rows, offsets)
+            )
         with no_waiting():
             engine.runtime.begin()
             engine.runtime.apply(logits, batch)
@@ -260,7 +267,9 @@ def test_a_control_lets_go_after_as_many_tokens_as_the_request_wants(family, tmp
     for _ in range(4):
         rows = torch.arange(2, dtype=torch.int32).repeat_interleave(1 + drafts)
         offsets = torch.arange(1 + drafts).repeat(2)
-        batch = Batch(np.array([0, 1]), rows, offsets, torch.full_like(rows, 300))
+        batch = Batch(
+            np.array([0, 1]), rows, offsets, torch.full_like(rows, 300), engine.lengths(rows, offsets)
+        )
         logits = torch.zeros(len(rows), engine.width)
         engine.runtime.begin()
         engine.runtime.apply(logits, batch)
@@ -398,7 +407,9 @@ def test_drafts_never_carry_a_context_past_the_window(family, tmp_path):
         logits = torch.zeros(1 + drafts, engine.width)
         engine.runtime.begin()
         rows = torch.zeros(1 + drafts, dtype=torch.int32)
-        batch = Batch(np.array([0]), rows, torch.arange(1 + drafts), torch.tensor(tokens))
+        offsets = torch.arange(1 + drafts)
+        lengths = engine.lengths(rows, offsets)
+        batch = Batch(np.array([0]), rows, offsets, torch.tensor(tokens), lengths)
         engine.runtime.apply(logits, batch)
         context = engine.context(0)
         for row, draft in zip(logits, range(1 + drafts), strict=True):
@@ -418,7 +429,9 @@ def test_more_drafts_than_a_window_has_room_for_fail_nothing(family, tmp_path):
     logits = torch.zeros(1 + drafts, engine.width)
     engine.runtime.begin()
     rows = torch.zeros(1 + drafts, dtype=torch.int32)
-    engine.runtime.apply(logits, Batch(np.array([0]), rows, torch.arange(1 + drafts), torch.tensor(tokens)))
+    offsets = torch.arange(1 + drafts)
+    lengths = engine.lengths(rows, offsets)
+    engine.runtime.apply(logits, Batch(np.array([0]), rows, offsets, torch.tensor(tokens), lengths))
     chains = [engine.context(0) + [p for t in tokens[1 : 1 + n] for p in slow.segment(t)] for n in range(151)]
     assert len(chains[-1]) > CONTEXT
     for row, chain in zip(logits, chains, strict=True):

@@ -46,6 +46,9 @@ def on_host(family: Family, tables: Path, name: str, **options) -> Runtime:
     return Runtime(target_of(family, name), controls, tables=tables, **options)
 
 
+LENGTH = torch.tensor([10**6])
+
+
 class OnDevice:
     """The device runtime with a request in slot 0 that has what `write` wrote."""
 
@@ -68,7 +71,7 @@ class OnDevice:
     def step(self, logits: torch.Tensor) -> None:
         rows = torch.zeros(1, dtype=torch.int32)
         self.runtime.begin()
-        self.runtime.apply(logits, Batch(np.array([0]), rows, rows, rows))
+        self.runtime.apply(logits, Batch(np.array([0]), rows, rows, rows, LENGTH))
 
     def settle(self) -> None:
         """Counts come late."""
@@ -225,11 +228,11 @@ def test_a_step_is_counted_once_and_what_held_it_up_is_a_part_of_it(family, tmp_
     engine = OnDevice(family, tmp_path, "steps")
     engine.runtime.begin()
     rows = torch.zeros(1, dtype=torch.int32)
-    engine.runtime.apply(torch.zeros(1, engine.width), Batch(np.array([0]), rows, rows, rows))
+    engine.runtime.apply(torch.zeros(1, engine.width), Batch(np.array([0]), rows, rows, rows, LENGTH))
     assert value("blocking_seconds_total", "steps", None) == 0  # nobody is under control
     engine.open(STEERED, output=[])
     engine.step(torch.zeros(1, engine.width))
-    engine.runtime.apply(torch.zeros(1, engine.width), Batch(np.array([0]), rows, rows, rows))
+    engine.runtime.apply(torch.zeros(1, engine.width), Batch(np.array([0]), rows, rows, rows, LENGTH))
     assert value("steps_total", "steps", None) == 1
     blocked = value("blocking_seconds_total", "steps", None)
     assert 0 < blocked <= value("step_seconds_total", "steps", None)

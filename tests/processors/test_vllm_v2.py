@@ -7,15 +7,20 @@ import logging
 import random
 import sys
 from itertools import chain
+from unittest import mock
 
 import pytest
 import torch
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.sample.logits_processor import validate_logits_processors_parameters
+from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors_params_validator
 
-from reference import Model, PathReference, Reference
+import trimtab_processors
+from reference import Model, Segmented, SegmentedPath
 from runner import Job, Runner, Segments, configuration, request_state
 from tiny import sentences
+from trimtab_processors import vllm_v1
 from trimtab_processors.parameters import Parameters, parse_xargs, to_xargs
 from trimtab_processors.settings import command_line_settings
 from trimtab_processors.vllm_v2 import ControlProcessor
@@ -50,7 +55,7 @@ def jobs(target, controls, count, seed=0):
 
 def references_of(target, controls):
     """The slow references by control and routing; without one, it is path routing."""
-    kinds = {"pm-mined": Reference, "path": PathReference, None: PathReference}
+    kinds = {"pm-mined": Segmented, "path": SegmentedPath, None: SegmentedPath}
     return {
         (name, routing): Segments(target, Model(place), kind)
         for name, place in controls.items()
@@ -124,6 +129,19 @@ def test_a_control_that_the_engine_does_not_have_costs_nobody_their_request(fami
     assert not runner.steered.any()
     (row,) = runner.step()
     assert torch.equal(row.before, row.after)
+
+
+def test_one_name_gives_each_model_runner_its_own_class():
+    """The loaders of vLLM take a name, and refuse a class that is not of their interface."""
+    name = ("trimtab_processors:ControlProcessor",)
+    with mock.patch.object(vllm_v1.ControlProcessor, "validate_params") as v1:
+        validate_logits_processors_parameters(name, SamplingParams())
+    with mock.patch.object(ControlProcessor, "validate_params") as v2:
+        build_custom_logits_processors_params_validator(name)(SamplingParams())
+    assert (v1.call_count, v2.call_count) == (1, 1)
+    assert trimtab_processors.ControlProcessor is vllm_v1.ControlProcessor
+    with pytest.raises(AttributeError, match="ControlProcesor"):
+        trimtab_processors.ControlProcesor  # noqa: B018
 
 
 def test_the_start_says_in_one_line_what_runs(family, tmp_path, caplog):
