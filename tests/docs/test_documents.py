@@ -26,6 +26,7 @@ from trimtab_server.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITHOUT_CODE = [ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs" / "decisions").glob("*.md"))]
 ELSEWHERE = {
     "mappings.md": {"python", "sh", ""},
     "containers.md": {""},
@@ -86,17 +87,37 @@ def test_every_block_is_of_a_kind_that_is_run_here():
     assert kinds == {"sh", "python", "yaml", "json", "ini"}
 
 
+def anchors(page: Path) -> set[str]:
+    """The fragments that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_every_link_leads_somewhere():
-    for page in [*PAGES, ROOT / "ARCHITECTURE.md"]:
-        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
-            assert target.startswith("http") or (page.parent / target).exists(), (page.name, target)
+    for page in [*PAGES, *WITHOUT_CODE]:
+        for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+            if target.startswith("http"):
+                continue
+            file = page.parent / target if target else page
+            assert file.exists(), (page.name, target)
+            assert not anchor or anchor in anchors(file), (page.name, target, anchor)
 
 
-def test_the_readme_leads_to_every_document():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [
-        page.name for page in PAGES if page.parent.name == "docs" and f"(docs/{page.name})" not in readme
-    ] == []
+def test_the_index_leads_to_every_document():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert "(docs/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = {page.name for page in PAGES if page.parent.name == "docs"} - {"README.md"}
+    assert {page for page in pages if f"({page})" not in index} == set()
+
+
+def test_the_index_of_the_decisions_leads_to_each():
+    folder = ROOT / "docs" / "decisions"
+    index = (folder / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in folder.glob("[0-9]*.md") if f"({page.name})" not in index] == []
+
+
+def test_the_readme_fits_on_a_page():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 @of("yaml")
@@ -196,7 +217,7 @@ def test_every_command_does_or_is_what_the_document_says(block, request, files):
                 extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
                     "optional-dependencies"
                 ]
-                assert re.fullmatch(r"trimtab\[(\w+)\]", wanted)[1] in extras
+                assert re.fullmatch(r"\.\[(\w+)\]", wanted)[1] in extras  # no index has the package
             case ["trimtab", *_]:
                 parse(words)
             case ["python", "-m", "vllm.entrypoints.openai.api_server", *flags]:
