@@ -143,7 +143,7 @@ def test_the_divergence_is_that_of_the_row_that_was_sampled_from(family, tmp_pat
     counted = names[0] if len(names) == 1 else SEVERAL
     model = f"moved-{len(names)}"
     runtime, device = (
-        on_host(family, tmp_path, model, kl_every=2, routing="pm-mined"),
+        on_host(family, tmp_path, model, kl_every=2),
         OnDevice(family, tmp_path, f"{model}-device", kl_every=2),
     )
     requests = [runtime.open(each, PROMPT, []) for each in wanted]
