@@ -15,13 +15,13 @@ import tiny
 from fake_vllm import SEEN, make_app
 from served import served
 from trimtab_processors.pack import Pack
-from trimtab_server.app import create_app
-from trimtab_server.controls import Catalogue, load_controls
-from trimtab_server.local import LocalWorker
+from trimtab_server.api.app import create_app
+from trimtab_server.config.schema import Settings, load_settings
+from trimtab_server.controls.registry import Catalogue, load_controls
+from trimtab_server.engines.local import LocalWorker
+from trimtab_server.engines.pool import Workers
+from trimtab_server.engines.replica import State, Worker
 from trimtab_server.metrics import Metrics
-from trimtab_server.replicas import State, Worker
-from trimtab_server.settings import Settings, load_settings
-from trimtab_server.workers import Workers
 
 
 @pytest.fixture(scope="session")

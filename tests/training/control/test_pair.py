@@ -23,7 +23,7 @@ from trimtab_processors.pack import load_pack
 from trimtab_processors.parameters import Parameters
 from trimtab_processors.runtime import Runtime
 from trimtab_server.cli import app
-from trimtab_server.prompts import Chat, load_prompter
+from trimtab_server.controls.prompts import Chat, load_prompter
 from trimtab_training.control import pair
 from trimtab_training.control.errors import TrainingError
 from trimtab_training.control.log import RunLog

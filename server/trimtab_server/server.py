@@ -1,0 +1,105 @@
+"""Running the gateway: the application on its port, from the first signal to the last process."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import socket
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from trimtab_server.api.app import create_app
+from trimtab_server.config.schema import ADMIN_KEYS_VARIABLE, Settings, SettingsError
+from trimtab_server.config.tls import uvicorn_options
+from trimtab_server.controls.registry import Catalogue, load_controls
+from trimtab_server.engines.pool import Workers
+from trimtab_server.engines.vllm.command import PRIVATE_VLLM_KEY
+from trimtab_server.logs import set_up_logging
+from trimtab_server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class GatewayServer(uvicorn.Server):
+    """A server that ends with a status of its own, not by the signal, and never without its shutdown."""
+
+    status = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the base's signature
+        """The first signal lets requests finish, the second does not."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    def give_up(self) -> None:
+        """End with status 1: there is nothing left to serve."""
+        logger.error("no model is left, the gateway ends")
+        self.status = 1
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
+
+
+def run_gateway(settings: Settings, *, verbose: bool = False) -> int:
+    """Serve until a signal. Returns the exit status.
+
+    Raises:
+        SettingsError: a control's pack or a file of TLS can't be read, or no log be written; nothing has been
+            started.
+    """
+    set_up_logging(settings.log_level, settings.log_format)
+    _warn_of_open_doors(settings)
+    catalogue = Catalogue(settings, load_controls(settings))
+    metrics = Metrics()
+    workers = Workers(settings, metrics, echo=verbose)
+    config = uvicorn.Config(
+        create_app(settings, catalogue, workers, metrics),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=settings.timeouts.keep_alive,
+        timeout_graceful_shutdown=round(settings.timeouts.drain),
+        **uvicorn_options(settings.tls),
+    )
+    _make_directory(settings.logs)
+    listener = config.bind_socket()
+    listener.set_inheritable(False)  # else a worker's launcher would keep the port after a hard end
+    server = GatewayServer(config)
+    workers.on_all_failed = server.give_up
+    server.run(sockets=[listener])
+    return server.status
+
+
+def _make_directory(logs: Path) -> None:
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"logs: the directory can't be made: {error}") from error
+
+
+def _warn_of_open_doors(settings: Settings) -> None:
+    if not settings.api_keys and not _is_loopback(settings.host):
+        logger.warning(
+            "listening on %s without API keys: whoever reaches this port may use it", settings.host
+        )
+    if settings.control_roots and not settings.admin_keys:
+        logger.warning(
+            "control_roots without admin keys: nobody can load a control; set admin_keys_file or %s",
+            ADMIN_KEYS_VARIABLE,
+        )
+    if PRIVATE_VLLM_KEY in os.environ:
+        logger.warning("%s has no effect here: the gateway's keys are in TRIMTAB_API_KEYS", PRIVATE_VLLM_KEY)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
