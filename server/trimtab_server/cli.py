@@ -68,7 +68,8 @@ def serve(
     which takes minutes.
     """
     from trimtab_server.config.inline import world_settings, written_settings
-    from trimtab_server.config.schema import SettingsError, load_settings
+    from trimtab_server.config.schema import load_settings
+    from trimtab_server.config.types import SettingsError
     from trimtab_server.server import run_gateway
 
     options = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
@@ -89,7 +90,8 @@ def serve(
 def check(config: ConfigArgument) -> None:
     """Look for what CONFIG names: models, packs, tables, devices, files, the port; nothing is started."""
     from trimtab_server.config.check import check_settings
-    from trimtab_server.config.schema import SettingsError, load_settings
+    from trimtab_server.config.schema import load_settings
+    from trimtab_server.config.types import SettingsError
 
     try:
         settings = load_settings(config)

@@ -13,12 +13,11 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from trimtab_server.protocol import ANTHROPIC_REQUEST_ID, REQUEST_ID
+
 CLIENT_CLOSED_REQUEST = 499
 """Not a status of HTTP's: what logs and metrics say of a client that went away before its answer."""
 RETRY_AFTER_SECONDS = 5
-REQUEST_ID = "x-request-id"
-ANTHROPIC_REQUEST_ID = "request-id"
-"""The header in which Anthropic's clients look for the request's id."""
 _ANTHROPIC = "/v1/messages"
 _ANTHROPIC_KINDS: Mapping[int, str] = {
     HTTPStatus.BAD_REQUEST: "invalid_request_error",

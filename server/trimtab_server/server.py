@@ -12,8 +12,9 @@ from types import FrameType
 import uvicorn
 
 from trimtab_server.api.app import create_app
-from trimtab_server.config.schema import ADMIN_KEYS_VARIABLE, Settings, SettingsError
+from trimtab_server.config.schema import Settings
 from trimtab_server.config.tls import uvicorn_options
+from trimtab_server.config.types import ADMIN_KEYS_VARIABLE, SettingsError
 from trimtab_server.controls.registry import Catalogue, load_controls
 from trimtab_server.engines.pool import Workers
 from trimtab_server.engines.vllm.command import PRIVATE_VLLM_KEY

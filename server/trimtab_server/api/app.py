@@ -17,16 +17,15 @@ from trimtab_server.api.bodies import BodyReader
 from trimtab_server.api.gateway import Gateway
 from trimtab_server.api.passthrough import passthrough_routes
 from trimtab_server.api.playground import playground_routes
-from trimtab_server.api.request_log import APPLIED_CONTROL, Observe
+from trimtab_server.api.request_log import Observe
 from trimtab_server.api.routes import admin_routes, open_routes, routes
-from trimtab_server.config.schema import Cors, Settings
+from trimtab_server.config.schema import Settings
+from trimtab_server.config.sections import Cors
 from trimtab_server.controls.loader import Loader
 from trimtab_server.controls.preparing import Preparer
 from trimtab_server.controls.registry import Catalogue
 from trimtab_server.engines.pool import Workers
 from trimtab_server.errors import (
-    ANTHROPIC_REQUEST_ID,
-    REQUEST_ID,
     ApiError,
     on_api_error,
     on_disconnect,
@@ -35,6 +34,7 @@ from trimtab_server.errors import (
     on_validation_error,
 )
 from trimtab_server.metrics import Metrics
+from trimtab_server.protocol import ANTHROPIC_REQUEST_ID, CONTROL_HEADER, REQUEST_ID
 
 
 def create_app(settings: Settings, catalogue: Catalogue, workers: Workers, metrics: Metrics) -> FastAPI:
@@ -82,5 +82,5 @@ def _cors_options(cors: Cors) -> dict[str, Any]:
         **cors.model_dump(),
         "allow_methods": ["*"],
         "allow_headers": ["*"],
-        "expose_headers": [APPLIED_CONTROL, REQUEST_ID, ANTHROPIC_REQUEST_ID],
+        "expose_headers": [CONTROL_HEADER, REQUEST_ID, ANTHROPIC_REQUEST_ID],
     }

@@ -11,9 +11,10 @@ from typing import Any, BinaryIO, TypeVar
 from fastapi import Request
 
 from trimtab_server.api.byte_budget import ByteBudget, Reservation
-from trimtab_server.api.json_body import SMALL_BODY_BYTES, JsonObject, parse_object
+from trimtab_server.api.json_body import JsonObject, parse_object
 from trimtab_server.config.schema import Settings
 from trimtab_server.errors import BodyTooLargeError, OverloadedError, RequestTimeoutError
+from trimtab_server.protocol import SMALL_BODY_BYTES
 
 _ROOM_SECONDS = 30
 """How long a request waits for room for its body."""

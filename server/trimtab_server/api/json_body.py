@@ -16,9 +16,8 @@ import msgspec
 from fastapi import Request
 
 from trimtab_server.errors import BadRequestError, BodyTooLargeError, UnsupportedMediaTypeError
+from trimtab_server.protocol import SMALL_BODY_BYTES
 
-SMALL_BODY_BYTES = 2**16
-"""Bodies up to this size are parsed at once and not counted: the limits on requests bound their number."""
 MAX_ITEMS = 2**18
 """Upper bound on commas and brackets in a value that is read: decoding so many objects takes 0.1 s."""
 _MAX_FIELDS = 50_000

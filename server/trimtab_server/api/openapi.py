@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab_processors.pack import MAX_STRENGTH, ControlName, RequestRouting
 from trimtab_processors.parameters import MAX_TOP_K
-from trimtab_server.controls.request import HEADER
+from trimtab_server.protocol import CONTROL_HEADER
 
 
 class ErrorObject(BaseModel):
@@ -101,7 +101,8 @@ _CONTROL: dict[str, Any] = {
     "description": (
         "The controls of this request: false for none, true for the model's default or only one, a name, an"
         " object, or a list of names and objects, whose shifts are summed. It goes before the header"
-        f" `{HEADER}`, that before an alias `model:control=strength`, and that before the model's default."
+        f" `{CONTROL_HEADER}`, that before an alias `model:control=strength`, and that before the model's"
+        " default."
     ),
     "anyOf": [
         {"type": "null"},
@@ -125,7 +126,7 @@ def generating(content: str, what: str) -> dict[str, Any]:
     return {
         "parameters": [
             {
-                "name": HEADER,
+                "name": CONTROL_HEADER,
                 "in": "header",
                 "required": False,
                 "description": (
@@ -140,7 +141,7 @@ def generating(content: str, what: str) -> dict[str, Any]:
             "200": {
                 "description": f"What vLLM answers: {what}, or a stream of events.",
                 "headers": {
-                    HEADER: {
+                    CONTROL_HEADER: {
                         "description": "The controls that were applied, with their strengths; or `off`.",
                         "schema": {"type": "string"},
                     }

@@ -17,15 +17,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab_processors.parameters import SEVERAL
 from trimtab_server.api.token_usage import Tail
-from trimtab_server.controls.request import HEADER
-from trimtab_server.errors import ANTHROPIC_REQUEST_ID, CLIENT_CLOSED_REQUEST, REQUEST_ID, is_anthropic
+from trimtab_server.errors import CLIENT_CLOSED_REQUEST, is_anthropic
 from trimtab_server.logs import FIELDS
 from trimtab_server.metrics import Metrics
+from trimtab_server.protocol import ANTHROPIC_REQUEST_ID, CONTROL_HEADER, REQUEST_ID
 
 logger = logging.getLogger(__name__)
 
-APPLIED_CONTROL = HEADER
-"""The answer's header that says which control was applied, and how strongly."""
 SHOWN_BODY_BYTES = 4096
 """As much of a request's body `log_prompts` shows."""
 OWN_ENDPOINTS = frozenset({"/health", "/ready", "/metrics"})
@@ -95,7 +93,7 @@ class Exchange:
             headers[REQUEST_ID] = self.request_id
             if is_anthropic(self._path):
                 headers[ANTHROPIC_REQUEST_ID] = self.request_id
-            self._applied = headers.get(APPLIED_CONTROL)
+            self._applied = headers.get(CONTROL_HEADER)
         elif body := message.get("body"):
             if self._first_byte is None:
                 self._first_byte = self._seconds()

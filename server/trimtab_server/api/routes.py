@@ -34,11 +34,12 @@ from trimtab_server.controls.registry import (
     applied,
     refuse_own_xargs,
 )
-from trimtab_server.controls.request import ALIAS, FIELD, HEADER, Wanted, from_body, from_text, split_alias
+from trimtab_server.controls.request import ALIAS, FIELD, Wanted, from_body, from_text, split_alias
 from trimtab_server.engines.pool import Workers
 from trimtab_server.engines.prompt_bound import CONTROLS, MODELS
 from trimtab_server.engines.replica import State
 from trimtab_server.errors import BadRequestError, WorkerTimeoutError
+from trimtab_server.protocol import CONTROL_HEADER
 
 CHAT = "/v1/chat/completions"
 open_routes = APIRouter()
@@ -165,7 +166,7 @@ async def generate(request: Request, here: Here) -> Response:
             payload[XARGS] = {**_xargs(payload), **own}
         return payload.encode()
 
-    header = (HEADER.encode(), applied(choices).encode())
+    header = (CONTROL_HEADER.encode(), applied(choices).encode())
     return await relay_in_turn(request, model, prepared, [header])
 
 
@@ -173,8 +174,8 @@ def _wanted(request: Request, field: Any, alias: str | None) -> tuple[Wanted | N
     """What a request says of control, and where: its body before its header before the model's name."""
     if field is not None:
         return from_body(field), FIELD
-    if lines := request.headers.getlist(HEADER):
-        return from_text(",".join(lines), HEADER), HEADER
+    if lines := request.headers.getlist(CONTROL_HEADER):
+        return from_text(",".join(lines), CONTROL_HEADER), CONTROL_HEADER
     return (None if alias is None else from_text(alias, "model")), "model"
 
 

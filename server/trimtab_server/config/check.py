@@ -13,15 +13,11 @@ from pathlib import Path
 from trimtab_mappings import MappingTable, TableError, Vocabulary, VocabularyError, load_vocabulary
 from trimtab_mappings.strategies import DEFAULT as STRATEGY
 from trimtab_processors.pack import PackError, load_pack
-from trimtab_server.config.schema import (
-    CONTROL_PROCESSOR,
-    ModelSettings,
-    Replica,
-    Settings,
-    SettingsError,
-    Tls,
-)
+from trimtab_server.config.schema import ModelSettings, Settings
+from trimtab_server.config.sections import Replica, Tls
 from trimtab_server.config.tls import check_files
+from trimtab_server.config.types import SettingsError
+from trimtab_server.engines.vllm.flags import CONTROL_PROCESSOR
 
 _NOT_LOOKED_UP = "hub id, not looked up"
 _CORES = re.compile(r"\d+(-\d+)?([,|]\d+(-\d+)?)*")

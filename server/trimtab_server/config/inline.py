@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab_processors.pack import PackError, load_pack
-from trimtab_server.config.schema import Settings, SettingsError, make_settings
+from trimtab_server.config.schema import Settings, make_settings
+from trimtab_server.config.types import SettingsError
 
 WORLD = Path(".trimtab/world")
 """Where `trimtab demo` makes the small world too, so that it is made once."""

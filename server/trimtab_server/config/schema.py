@@ -5,331 +5,39 @@ rest; docs/configuration.md lists the keys, docs/configuration.schema.json is ma
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    SecretStr,
-    ValidationError,
-    ValidationInfo,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic.config import JsonDict
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.json_schema import GenerateJsonSchema
 
 from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED, ControlName
-from trimtab_processors.parameters import MAX_CONTROLS
 from trimtab_processors.settings import DEFAULT_TABLES, PluginSettings
+from trimtab_server.config.sections import Cors, Limits, Replica, Restarts, Section, Timeouts, Tls
 from trimtab_server.config.sources import Override, describe, overlay, parse_yaml, read_environment
-from trimtab_server.engines.vllm.endpoints import is_disabled
-
-Runner = Literal["v1", "v2"]
-CONTROL_PROCESSORS: Mapping[Runner, str] = {
-    "v1": "trimtab_processors.vllm_v1:ControlProcessor",
-    "v2": "trimtab_processors.vllm_v2:ControlProcessor",
-}
-"""The plugin for each of vLLM's model runners."""
-CONTROL_PROCESSOR = CONTROL_PROCESSORS["v1"]
-"""Its name in a model's list of processors, whatever the runner."""
-RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
-API_KEYS_VARIABLE = "TRIMTAB_API_KEYS"
-ADMIN_KEYS_VARIABLE = "TRIMTAB_ADMIN_KEYS"
-RESERVED_FLAGS = frozenset(
-    {
-        *("model", "served-model-name", "uds", "host", "port", "logits-processors", "additional-config"),
-        *("config", "headless", "grpc", "root-path", "api-key", "api-server-count", "worker-extension-cls"),
-        *("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs"),
-    }
+from trimtab_server.config.types import (
+    ADMIN_KEYS_VARIABLE,
+    API_KEYS_VARIABLE,
+    NO_OTHER_NAMES,
+    EndpointPath,
+    FlagName,
+    FlagValue,
+    LocalPath,
+    Location,
+    ModelName,
+    ProcessorName,
+    SettingsError,
+    Variables,
+    WithoutTopLevel,
+    require_own_options,
 )
-"""Flags of vLLM that Trimtab sets itself, or that would put the worker out of its reach."""
-
-_AT_THE_TOP = frozenset({"controls", "control_roots", "tables"})
-"""Options of the plugin that are the same for all models."""
+from trimtab_server.engines.vllm.flags import CONTROL_PROCESSOR, Runner
 
 
-class SettingsError(ValueError):
-    """A configuration that can't be used; the message names the file, the place and what is allowed there."""
-
-
-def _base(info: ValidationInfo) -> Path:
-    return Path((info.context or {}).get("base", "."))
-
-
-def _local(path: Path, info: ValidationInfo) -> Path:
-    return (_base(info) / path.expanduser()).absolute()
-
-
-def _located(location: str, info: ValidationInfo) -> str:
-    path = _base(info) / Path(location).expanduser()
-    if path.exists():
-        return str(path.resolve())
-    if location.startswith((".", "/", "~")):
-        raise ValueError(f"there is no {path}")
-    return location
-
-
-def _flag(name: str) -> str:
-    flag = name.replace("_", "-")
-    if not re.fullmatch(r"[A-Za-z][\w.+-]*", name):
-        raise ValueError(f"{name!r} is no flag of vLLM's: write its name without the leading dashes")
-    if flag.partition(".")[0] in RESERVED_FLAGS:
-        raise ValueError(f"Trimtab sets --{flag} itself, or relies on its default")
-    return flag
-
-
-def _given(value: Any) -> Any:
-    if value is None:
-        raise ValueError("the flag has no value: write true for a flag without one")
-    return value
-
-
-def _none_if_off(value: Any) -> Any:
-    """YAML reads `off` as false, and `on` as true, which pydantic would take for a second."""
-    if value is True:
-        raise ValueError("a number of seconds, or off")
-    return None if value is False or value == "off" else value
-
-
-def _environment(variables: dict[str, str]) -> dict[str, str]:
-    if RUNNER_VARIABLE in variables:
-        raise ValueError(f"{RUNNER_VARIABLE} is set by the model's `runner`: v1 or v2")
-    return variables
-
-
-def _processor(name: str) -> str:
-    if name == CONTROL_PROCESSORS["v2"]:
-        raise ValueError(
-            f"write {CONTROL_PROCESSOR!r} and set `runner: v2`, which puts the right one in its place"
-        )
-    return name
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from error
-    return text
-
-
-def _may_pass(path: str) -> str:
-    if is_disabled(path):
-        raise ValueError(f"{path} would bypass controls and limits, and can't be opened")
-    return path
-
-
-class _WithoutTop:
-    """The schema of the plugin's options without those that stand at the top of the configuration."""
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        reference = handler(schema)
-        properties = handler.resolve_ref_schema(reference)["properties"]
-        for name in _AT_THE_TOP & properties.keys():
-            del properties[name]
-        return reference
-
-
-def _own_options(plugin: PluginSettings) -> PluginSettings:
-    if placed := plugin.model_fields_set & _AT_THE_TOP:
-        raise ValueError(f"{', '.join(sorted(placed))} stand at the top of the configuration, not here")
-    return plugin
-
-
-LocalPath = Annotated[Path, AfterValidator(_local)]
-"""A path; a relative one starts at the configuration file."""
-Location = Annotated[str, Field(min_length=1), AfterValidator(_located)]
-"""A directory, where there is one of that name; else a hub id."""
-ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/@-]{0,127}$")]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-SecondsOrOff = Annotated[
-    Seconds | None,
-    BeforeValidator(_none_if_off),
-    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"enum": ["off", False, None]}]}),
-]
-FlagName = Annotated[str, AfterValidator(_flag)]
-FlagValue = Annotated[bool | int | float | str | list[Any] | dict[str, Any], BeforeValidator(_given)]
-ProcessorName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*:\w+$"), AfterValidator(_processor)]
-Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^\s/?#]+)$")]
-"""As browsers write it: scheme, host and port, and no slash behind them; or * for all."""
-EndpointPath = Annotated[str, Field(pattern=r"^(/([\w.-]+|\{\w+\}))+$"), AfterValidator(_may_pass)]
-Text = Annotated[str, WithJsonSchema({"type": ["string", "number"]})]
-"""A text for which a number may stand."""
-_ONLY: JsonDict = {"additionalProperties": False}
-"""What pydantic's schema of a map leaves out: names that fit no pattern are refused."""
-Variables = Annotated[dict[str, Text], AfterValidator(_environment)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class Timeouts(_Section):
-    """How long the gateway waits, in seconds."""
-
-    startup: Seconds = 1800
-    """For a worker to answer after its start."""
-    connect: Seconds = 10
-    """For a worker to take a connection."""
-    body: Seconds = 300
-    """For the whole body of a request; 408 beyond."""
-    idle: Seconds = 3600
-    """For the next piece of a worker's answer."""
-    probe: Seconds = 5
-    """For a worker's health, models and metrics."""
-    drain: Seconds = 30
-    """For requests in flight when the gateway shuts down."""
-    stop: Seconds = 20
-    """For a worker's processes to end by themselves before they are killed."""
-    keep_alive: Annotated[int, Field(gt=0)] = 75
-    """For the next request on an idle client connection, in whole seconds. It must be longer than the idle
-    timeout of a load balancer in front, so that no request meets a connection that is being closed."""
-    unresponsive: SecondsOrOff = 300
-    """For a sign of life of a worker started here, before it is started again; off: for ever."""
-
-
-class Restarts(_Section):
-    """What happens when a worker ends by itself; delays in seconds."""
-
-    attempts: Annotated[int, Field(ge=0)] = 5
-    """Restarts in a row before the worker is given up."""
-    backoff: Seconds = 1
-    """The delay before the first restart; it doubles with each."""
-    longest: Seconds = 60
-    """The longest delay."""
-    stable: Seconds = 60
-    """A worker that answered for this long starts the count anew."""
-
-    def delay(self, failures: int) -> float:
-        """The seconds to wait after so many failures in a row, one at least."""
-        doublings = min(failures - 1, 64)
-        return min(self.backoff * 2.0**doublings, self.longest)
-
-
-class Limits(_Section):
-    """What clients can't go beyond."""
-
-    body_bytes: Annotated[int, Field(gt=0)] = 32 * 2**20
-    """The body of one request; 413 beyond."""
-    body_bytes_total: Annotated[int, Field(gt=0)] = 256 * 2**20
-    """Bodies above 64 KiB in memory at once, until their answers begin; a further one is read when there is
-    room for it."""
-    control_prompt_bytes: Annotated[int, Field(gt=0)] = 2**20
-    """The conversation that a control reads, as JSON without images and audio; 413 beyond, before any of it
-    is tokenized."""
-    control_prompt_tokens: Annotated[int, Field(gt=0)] = 131_072
-    """A control's own prompt, in the control's tokens; 413 beyond."""
-    concurrent: Annotated[int, Field(gt=0)] = 512
-    """Requests of one model under way at once; what comes beyond waits."""
-    queued: Annotated[int, Field(ge=0)] = 512
-    """Requests of one model that wait; 429 beyond."""
-    controls: Annotated[int, Field(gt=0)] = 64
-    """Controls that there are at once, loaded ones among them."""
-    controls_per_request: Annotated[int, Field(gt=0, le=MAX_CONTROLS)] = 4
-    """Controls that one request may sum, at most 8."""
-    aliases: Annotated[int, Field(ge=0)] = 1024
-    """Aliases `model:control` that `/v1/models` lists."""
-
-
-class Cors(_Section):
-    """Which pages of other origins a browser lets use the gateway; none unless they stand here."""
-
-    allow_origins: tuple[Origin, ...] = ()
-    """Origins such as https://chat.example.org; * for all."""
-    allow_origin_regex: Annotated[str, AfterValidator(_pattern)] | None = None
-    """Further origins, as a regular expression that matches a whole one."""
-    allow_credentials: bool = False
-    """Whether browsers may send cookies along; not to be had for all origins."""
-    max_age: Annotated[int, Field(ge=0)] = 600
-    """For how many seconds a browser need not ask again."""
-
-    @model_validator(mode="after")
-    def _credentials_are_for_some(self) -> Self:
-        if self.allow_credentials and "*" in self.allow_origins:
-            raise ValueError("allow_credentials: not for all origins (*); name those that are meant")
-        return self
-
-    @property
-    def is_open(self) -> bool:
-        """Whether there is an origin that may."""
-        return bool(self.allow_origins) or self.allow_origin_regex is not None
-
-
-class Tls(_Section):
-    """How the gateway speaks HTTPS; without this section it speaks HTTP."""
-
-    certfile: LocalPath
-    """The certificate, PEM, with those that lead to its root."""
-    keyfile: LocalPath | None = None
-    """Its key, PEM; none: it is in `certfile`."""
-    keyfile_password: SecretStr | None = None
-    """The password of an encrypted key; better in TRIMTAB_TLS__KEYFILE_PASSWORD than in a file."""
-    require_client_certificate: bool = False
-    """Whether clients need a certificate of their own."""
-    ca_certs: LocalPath | None = None
-    """The authorities, PEM, of whom clients may have it."""
-    ciphers: str | None = None
-    """OpenSSL's list of ciphers for TLS 1.2; none: Python's."""
-
-    @model_validator(mode="after")
-    def _authorities_are_for_clients(self) -> Self:
-        if self.require_client_certificate != (self.ca_certs is not None):
-            raise ValueError("`require_client_certificate: true` and `ca_certs` go together")
-        return self
-
-
-class Replica(_Section):
-    """One worker of a model: a vLLM server that is started here, or one elsewhere."""
-
-    model_config = ConfigDict(coerce_numbers_to_str=True)
-
-    url: Annotated[str, Field(pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$")] | None = None
-    """Where a server elsewhere answers; it serves the model by the same name, and has the plugin."""
-    key_variable: str | None = None
-    """The environment variable with the API key of the server elsewhere."""
-    admin_key_variable: str | None = None
-    """The environment variable with the server's admin key, where controls are to be loaded into it."""
-    devices: tuple[Annotated[int, Field(ge=0)] | str, ...] | None = None
-    """GPUs of a worker started here (CUDA_VISIBLE_DEVICES)."""
-    cpus: Text | None = None
-    """Cores of a worker started here, on CPUs, such as 0-3 (VLLM_CPU_OMP_THREADS_BIND)."""
-    args: dict[FlagName, FlagValue] = Field(default_factory=dict)
-    """Flags for vLLM beside the model's, and before them."""
-    env: Variables = Field(default_factory=dict)
-    """Environment variables beside the model's, and before them."""
-
-    @property
-    def key_variables(self) -> dict[str, str]:
-        """The environment variables that it names, by the keys that name them."""
-        named = {"key_variable": self.key_variable, "admin_key_variable": self.admin_key_variable}
-        return {key: variable for key, variable in named.items() if variable is not None}
-
-    @model_validator(mode="after")
-    def _here_or_elsewhere(self) -> Self:
-        started = sorted(self.model_fields_set & {"devices", "cpus", "args", "env"})
-        if self.url is not None and started:
-            raise ValueError(f"{', '.join(started)}: only for a worker that is started here, not at a url")
-        if self.url is None and self.key_variable is not None:
-            raise ValueError("key_variable: only for a worker at a url")
-        if self.url is None and self.admin_key_variable is not None:
-            raise ValueError("admin_key_variable: only for a worker at a url")
-        return self
-
-
-class ModelSettings(_Section):
+class ModelSettings(Section):
     """One model that is served."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
@@ -351,7 +59,7 @@ class ModelSettings(_Section):
     """The control of a request that names none."""
     controls: tuple[ControlName, ...] | None = None
     """Which controls the model offers; none given: all."""
-    plugin: Annotated[PluginSettings, AfterValidator(_own_options), _WithoutTop()] = Field(
+    plugin: Annotated[PluginSettings, AfterValidator(require_own_options), WithoutTopLevel()] = Field(
         default_factory=PluginSettings
     )
     """Further options of the control plugin."""
@@ -371,12 +79,12 @@ class ModelSettings(_Section):
         return self
 
 
-class Settings(_Section):
+class Settings(Section):
     """The whole configuration."""
 
-    models: Annotated[dict[ModelName, ModelSettings], Field(min_length=1, json_schema_extra=_ONLY)]
+    models: Annotated[dict[ModelName, ModelSettings], Field(min_length=1, json_schema_extra=NO_OTHER_NAMES)]
     """What clients call them, and what they are."""
-    controls: dict[ControlName, Location] = Field(default_factory=dict, json_schema_extra=_ONLY)
+    controls: dict[ControlName, Location] = Field(default_factory=dict, json_schema_extra=NO_OTHER_NAMES)
     """What clients call them, and where their packs are: a directory, or a hub id."""
     host: str = "127.0.0.1"
     """The address on which the gateway listens; 0.0.0.0 for all of this machine's."""

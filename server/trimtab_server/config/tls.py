@@ -6,7 +6,8 @@ import os
 import ssl
 from typing import Any
 
-from trimtab_server.config.schema import SettingsError, Tls
+from trimtab_server.config.sections import Tls
+from trimtab_server.config.types import SettingsError
 
 
 def uvicorn_options(tls: Tls | None) -> dict[str, Any]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from trimtab_processors.parameters import to_xargs
-from trimtab_server.api.json_body import SMALL_BODY_BYTES, JsonObject
-from trimtab_server.config.schema import Limits
+from trimtab_server.config.sections import Limits
 from trimtab_server.controls.lanes import Lane
 from trimtab_server.controls.prompts import Chat, Prompter, chat_of
 from trimtab_server.controls.registry import Choices
 from trimtab_server.engines.pool import Model
 from trimtab_server.errors import PromptTooLongError
+from trimtab_server.protocol import SMALL_BODY_BYTES
 
 Result = TypeVar("Result")
 
@@ -31,7 +31,7 @@ class Preparer:
         self._short = Lane("short-prompts", 2)
         self._long = Lane("long-prompts", 1)
 
-    def chat(self, model: Model, choices: Choices, path: str, body: JsonObject) -> Chat | None:
+    def chat(self, model: Model, choices: Choices, path: str, body: Mapping[str, Any]) -> Chat | None:
         """Return the conversation of a request, if its length does not rule it out: nothing is tokenized yet.
 
         Args:

@@ -11,7 +11,8 @@ from typing import Any
 from trimtab_mappings import VocabularyError
 from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED, Pack, PackError, RequestRouting, load_pack
 from trimtab_processors.parameters import PREFIX, Parameters
-from trimtab_server.config.schema import Settings, SettingsError
+from trimtab_server.config.schema import Settings
+from trimtab_server.config.types import SettingsError
 from trimtab_server.controls.prompts import Prompter, load_prompter
 from trimtab_server.controls.request import FIELD, OFF, Selection, Wanted
 from trimtab_server.errors import BadRequestError

@@ -17,7 +17,6 @@ from trimtab_processors.parameters import MAX_CONTROLS, TopK
 from trimtab_server.errors import BadRequestError
 
 FIELD = "control"
-HEADER = "x-trimtab-control"
 ALIAS = ":"
 """Stands between a model's name and its controls."""
 MAX_DIGITS = 400

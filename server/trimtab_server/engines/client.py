@@ -13,10 +13,10 @@ import aiohttp
 from yarl import URL
 
 from trimtab_processors.endpoints import ADMIN_KEY_HEADER
-from trimtab_server.config.schema import Timeouts
-from trimtab_server.controls.request import HEADER as CONTROL_HEADER
+from trimtab_server.config.sections import Timeouts
 from trimtab_server.engines.messages import Call, Headers
 from trimtab_server.errors import ApiError, WorkerFailedError, WorkerTimeoutError, WorkerUnavailableError
+from trimtab_server.protocol import CONTROL_HEADER
 
 _HOP_BY_HOP = frozenset(
     {

@@ -10,7 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimtab_server.config.schema import ADMIN_KEYS_VARIABLE, Settings
+from trimtab_server.config.schema import Settings
+from trimtab_server.config.types import ADMIN_KEYS_VARIABLE
 from trimtab_server.engines.client import SocketAddress, Upstream
 from trimtab_server.engines.liveness import HEALTH, Liveness
 from trimtab_server.engines.process import Output, WorkerProcess

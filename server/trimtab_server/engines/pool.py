@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
 
-from trimtab_server.config.schema import Settings, SettingsError
+from trimtab_server.config.schema import Settings
+from trimtab_server.config.types import SettingsError
 from trimtab_server.engines.admission import Turnstile
 from trimtab_server.engines.client import Answer, RemoteAddress, Upstream
 from trimtab_server.engines.local import LocalWorker

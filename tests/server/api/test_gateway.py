@@ -19,7 +19,7 @@ import pytest
 
 from processes import lives, parent_of
 from served import CHAT, Served, ask, paused, served
-from trimtab_server.config.schema import Restarts
+from trimtab_server.config.sections import Restarts
 
 
 @pytest.fixture(scope="module")

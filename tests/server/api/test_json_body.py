@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab_server.api.byte_budget import ByteBudget
-from trimtab_server.api.json_body import MAX_ITEMS, SMALL_BODY_BYTES, JsonObject, parse_object
+from trimtab_server.api.json_body import MAX_ITEMS, JsonObject, parse_object
 from trimtab_server.errors import BadRequestError, BodyTooLargeError
+from trimtab_server.protocol import SMALL_BODY_BYTES
 
 TEXTS = st.text(max_size=6)
 VALUES = st.recursive(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from trimtab_server.config.schema import CONTROL_PROCESSOR, CONTROL_PROCESSORS, SettingsError, load_settings
+from trimtab_server.config.schema import load_settings
+from trimtab_server.config.types import SettingsError
+from trimtab_server.engines.vllm.flags import CONTROL_PROCESSOR, CONTROL_PROCESSORS
 
 ONE = {"m": {"model": "org/name"}}
 

@@ -15,19 +15,14 @@ from typer.testing import CliRunner
 
 from trimtab_server.cli import app
 from trimtab_server.config.schema import (
-    Cors,
-    Limits,
     ModelSettings,
-    Replica,
-    Restarts,
     Settings,
-    SettingsError,
-    Timeouts,
-    Tls,
     load_settings,
     make_settings,
     settings_schema,
 )
+from trimtab_server.config.sections import Cors, Limits, Replica, Restarts, Timeouts, Tls
+from trimtab_server.config.types import SettingsError
 
 ONE = {"models": {"m": {"model": "org/name"}}}
 DOCS = Path(__file__).parents[3] / "docs"

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from serving import free_port
-from trimtab_server.config.schema import SettingsError, Tls
+from trimtab_server.config.sections import Tls
 from trimtab_server.config.tls import check_files, uvicorn_options
+from trimtab_server.config.types import SettingsError
 
 PASSWORD = "hunter2"
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from trimtab_server.config.schema import CONTROL_PROCESSOR, load_settings
+from trimtab_server.config.schema import load_settings
 from trimtab_server.engines.vllm.command import worker_command, worker_environment
+from trimtab_server.engines.vllm.flags import CONTROL_PROCESSOR
 
 
 @pytest.fixture

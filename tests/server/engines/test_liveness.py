@@ -15,7 +15,8 @@ import pytest
 
 from processes import lives
 from served import Served, ask, paused, served
-from trimtab_server.config.schema import SettingsError, load_settings
+from trimtab_server.config.schema import load_settings
+from trimtab_server.config.types import SettingsError
 from trimtab_server.engines import liveness
 from trimtab_server.engines.liveness import Liveness
 from trimtab_server.engines.replica import Cause

@@ -11,7 +11,8 @@ import time
 import pytest
 
 from served import FAKE, Remote
-from trimtab_server.config.schema import SettingsError, load_settings
+from trimtab_server.config.schema import load_settings
+from trimtab_server.config.types import SettingsError
 from trimtab_server.engines.pool import Workers
 from trimtab_server.engines.replica import State
 from trimtab_server.errors import WorkerFailedError

@@ -11,14 +11,9 @@ from typing import Any
 
 from trimtab_processors.settings import KEY as PLUGIN_KEY
 from trimtab_processors.settings import PluginSettings
-from trimtab_server.config.schema import (
-    CONTROL_PROCESSOR,
-    CONTROL_PROCESSORS,
-    RUNNER_VARIABLE,
-    ModelSettings,
-    Replica,
-    Settings,
-)
+from trimtab_server.config.schema import ModelSettings, Settings
+from trimtab_server.config.sections import Replica
+from trimtab_server.engines.vllm.flags import CONTROL_PROCESSOR, CONTROL_PROCESSORS, RUNNER_VARIABLE
 
 VLLM = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 _DEFAULT_FLAGS: Mapping[str, Any] = {
