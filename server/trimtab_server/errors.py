@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from trimtab_server.engines.vllm.endpoints import MESSAGES
 from trimtab_server.protocol import ANTHROPIC_REQUEST_ID, REQUEST_ID
 
 CLIENT_CLOSED_REQUEST = 499
 """Not a status of HTTP's: what logs and metrics say of a client that went away before its answer."""
 RETRY_AFTER_SECONDS = 5
-_ANTHROPIC = "/v1/messages"
 _ANTHROPIC_KINDS: Mapping[int, str] = {
     HTTPStatus.BAD_REQUEST: "invalid_request_error",
     HTTPStatus.UNAUTHORIZED: "authentication_error",
@@ -165,7 +165,7 @@ def _printable(text: str) -> str:
 
 def is_anthropic(path: str) -> bool:
     """Whether clients of the endpoint at `path` read errors in the shape of Anthropic's API."""
-    return path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/")
+    return path == MESSAGES or path.startswith(f"{MESSAGES}/")
 
 
 def body_for(path: str, request_id: str, status: int, body: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ BELOW = {
 """The layers that each layer may import, beside itself and `EVERYWHERE`."""
 EVERYWHERE = {"errors", "metrics", "protocol", "logs", "facts"}
 FACTS = {"engines.vllm.endpoints", "engines.vllm.flags"}
-"""Declarations about vLLM. They import nothing of the server, and the configuration is checked against them."""
+"""Declarations about vLLM, which the configuration is checked against. They import nothing of the server."""
 COMMAND = {"cli", "server", "__main__", ""}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip("."): path

@@ -11,10 +11,12 @@ import re
 from collections.abc import Collection, Iterator
 from functools import partial
 
+from trimtab_server.engines.vllm.endpoints import MESSAGES, RESPONSES
+
 Path = tuple[str | None, ...]
 
 TOP: Path = ("model",)
-_NESTED: dict[str, Path] = {"/v1/responses": ("response", "model"), "/v1/messages": ("message", "model")}
+_NESTED: dict[str, Path] = {RESPONSES: ("response", "model"), MESSAGES: ("message", "model")}
 _DEPTHS = 2
 """Keys deeper than this are never looked for."""
 _MIN_HELD = 64

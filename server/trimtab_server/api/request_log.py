@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab_processors.parameters import SEVERAL
 from trimtab_server.api.token_usage import Tail
+from trimtab_server.engines.vllm.endpoints import HEALTH, METRICS, READY, label_of
 from trimtab_server.errors import CLIENT_CLOSED_REQUEST, is_anthropic
 from trimtab_server.logs import FIELDS
 from trimtab_server.metrics import Metrics
@@ -26,13 +27,8 @@ logger = logging.getLogger(__name__)
 
 SHOWN_BODY_BYTES = 4096
 """As much of a request's body `log_prompts` shows."""
-OWN_ENDPOINTS = frozenset({"/health", "/ready", "/metrics"})
-_KNOWN_ENDPOINTS = OWN_ENDPOINTS | {
-    *("/v1/models", "/v1/controls", "/v1/load_control", "/v1/unload_control", "/openapi.json"),
-    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
-    *("/v1/embeddings", "/v1/audio/transcriptions", "/v1/audio/translations"),
-    *("/tokenize", "/detokenize", "/pooling", "/classify", "/score", "/rerank", "/version"),
-}
+_PROBES = frozenset({HEALTH, READY, METRICS})
+"""Endpoints that are asked every few seconds; their log lines have level DEBUG."""
 _REQUEST_ID_PATTERN = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -55,7 +51,7 @@ class Exchange:
         self._metrics = metrics
         self._method = method
         self._path = path
-        self._endpoint = path if path in _KNOWN_ENDPOINTS else "other"
+        self._endpoint = label_of(path)
         self._model = ""
         self._applied: str | None = None
         self._tail = Tail()
@@ -117,7 +113,7 @@ class Exchange:
         return self._model, self._endpoint, self.control
 
     def _log(self, status: int, seconds: float) -> None:
-        level = logging.DEBUG if self._path in OWN_ENDPOINTS else logging.INFO
+        level = logging.DEBUG if self._path in _PROBES else logging.INFO
         if not logger.isEnabledFor(level):
             return
         usage = self._tail.usage()

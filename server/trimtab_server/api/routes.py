@@ -26,7 +26,6 @@ from trimtab_server.api.openapi import LoadControl, UnloadControl
 from trimtab_server.api.proxy import relay_in_turn
 from trimtab_server.api.request_log import exchange_of
 from trimtab_server.controls.coverage import refuse_uncontrolled
-from trimtab_server.controls.loader import LOAD, UNLOAD
 from trimtab_server.controls.prompts import Chat
 from trimtab_server.controls.registry import (
     XARGS,
@@ -36,26 +35,37 @@ from trimtab_server.controls.registry import (
 )
 from trimtab_server.controls.request import ALIAS, FIELD, Wanted, from_body, from_text, split_alias
 from trimtab_server.engines.pool import Workers
-from trimtab_server.engines.prompt_bound import CONTROLS, MODELS
 from trimtab_server.engines.replica import State
+from trimtab_server.engines.vllm.endpoints import (
+    CHAT,
+    COMPLETIONS,
+    CONTROLS,
+    HEALTH,
+    LOAD,
+    MESSAGES,
+    METRICS,
+    MODELS,
+    READY,
+    RESPONSES,
+    UNLOAD,
+)
 from trimtab_server.errors import BadRequestError, WorkerTimeoutError
 from trimtab_server.protocol import CONTROL_HEADER
 
-CHAT = "/v1/chat/completions"
 open_routes = APIRouter()
 routes = APIRouter(dependencies=[Depends(key_needed)], responses=openapi.ERRORS)
 admin_routes = APIRouter(dependencies=[Depends(admin_key_needed)], responses=openapi.ERRORS)
 
 
-@open_routes.head("/health", include_in_schema=False)
-@open_routes.get("/health")
+@open_routes.head(HEALTH, include_in_schema=False)
+@open_routes.get(HEALTH)
 async def health() -> JSONResponse:
     """The gateway lives."""
     return JSONResponse({"status": "ok"})
 
 
-@open_routes.head("/ready", include_in_schema=False)
-@open_routes.get("/ready")
+@open_routes.head(READY, include_in_schema=False)
+@open_routes.get(READY)
 async def ready(here: Here) -> JSONResponse:
     """Whether every model has a worker that answers, and how each of them does."""
     described = await asyncio.gather(*(model.describe() for model in here.workers.values()))
@@ -65,7 +75,7 @@ async def ready(here: Here) -> JSONResponse:
     return JSONResponse(body, 200 if all_ready else 503)
 
 
-@open_routes.get("/metrics", dependencies=[Depends(key_for_metrics)])
+@open_routes.get(METRICS, dependencies=[Depends(key_for_metrics)])
 async def metrics(here: Here) -> Response:
     """The gateway's metrics and every worker's."""
     models = here.workers.values()
@@ -129,10 +139,10 @@ async def model(here: Here, name: str) -> JSONResponse:
 
 
 @routes.post(CHAT, openapi_extra=openapi.generating("messages", "a chat"))
-@routes.post("/v1/completions", openapi_extra=openapi.generating("prompt", "a completion"))
-@routes.post("/v1/responses", openapi_extra=openapi.generating("input", "a response"))
+@routes.post(COMPLETIONS, openapi_extra=openapi.generating("prompt", "a completion"))
+@routes.post(RESPONSES, openapi_extra=openapi.generating("input", "a response"))
 @routes.post(
-    "/v1/messages",
+    MESSAGES,
     openapi_extra=openapi.generating("messages", "a message"),
     responses=openapi.ANTHROPIC_ERRORS,
 )

@@ -15,11 +15,8 @@ from typing import Any
 
 from trimtab_server.controls.prompts import has_conversation
 from trimtab_server.controls.registry import Choices
+from trimtab_server.engines.vllm.endpoints import CHAT, COMPLETIONS, GENERATING, MESSAGES, RESPONSES
 from trimtab_server.errors import BadRequestError
-
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
-ENDPOINTS = (CHAT, COMPLETIONS, RESPONSES, MESSAGES)
 
 Body = Mapping[str, Any]
 _UNCONTROLLED_PROMPT = "vLLM computes the log-probabilities of a prompt without the control"
@@ -64,7 +61,7 @@ class Covered:
     fields: tuple[str, ...]
     verdict: Verdict
     reason: str
-    endpoints: tuple[str, ...] = ENDPOINTS
+    endpoints: tuple[str, ...] = GENERATING
 
 
 def refuse_uncontrolled(path: str, body: Body, choices: Choices) -> None:
@@ -181,7 +178,7 @@ REFUSALS = (
 
 
 def _row(fields: str, verdict: Verdict, reason: str, *endpoints: str) -> Covered:
-    return Covered(tuple(fields.split()), verdict, reason, endpoints or ENDPOINTS)
+    return Covered(tuple(fields.split()), verdict, reason, endpoints or GENERATING)
 
 
 _CONTROLLED, _UNTOUCHED = Verdict.CONTROLLED, Verdict.UNTOUCHED

@@ -17,8 +17,8 @@ from trimtab_server.config.schema import Settings
 from trimtab_server.controls.registry import Catalogue, Control, load_control
 from trimtab_server.engines.client import Upstream
 from trimtab_server.engines.pool import Workers
-from trimtab_server.engines.prompt_bound import CONTROLS
 from trimtab_server.engines.replica import State, Worker
+from trimtab_server.engines.vllm.endpoints import CONTROLS, LOAD, UNLOAD
 from trimtab_server.errors import (
     ApiError,
     BadRequestError,
@@ -30,9 +30,6 @@ from trimtab_server.errors import (
 )
 
 logger = logging.getLogger(__name__)
-
-LOAD = "/v1/load_control"
-UNLOAD = "/v1/unload_control"
 
 
 class Loader:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from trimtab_mappings import load_tokenizer
+from trimtab_server.engines.vllm import endpoints
 from trimtab_server.errors import BadRequestError, PromptTooLongError
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ class Chat:
 
 def has_conversation(path: str, body: Mapping[str, Any]) -> bool:
     """Whether the body holds the whole conversation, which a control then reads in its own template."""
-    if path == "/v1/responses":
+    if path == endpoints.RESPONSES:
         return not (body.get("previous_response_id") or body.get("previous_input_messages"))
-    return path in ("/v1/chat/completions", "/v1/messages")
+    return path in (endpoints.CHAT, endpoints.MESSAGES)
 
 
 def chat_of(path: str, body: Mapping[str, Any]) -> Chat | None:
@@ -62,14 +63,14 @@ def chat_of(path: str, body: Mapping[str, Any]) -> Chat | None:
     if not has_conversation(path, body):
         return None
     match path:
-        case "/v1/chat/completions":
+        case endpoints.CHAT:
             continues = bool(body.get("continue_final_message"))
             asks = bool(body.get("add_generation_prompt", not continues))
             return Chat(_messages(body.get("messages"), "messages"), asks, continues)
-        case "/v1/messages":
+        case endpoints.MESSAGES:
             turns = [*_system(body.get("system")), *_listed(body.get("messages"), "messages")]
             return Chat(_messages(turns, "messages"))
-        case "/v1/responses":
+        case endpoints.RESPONSES:
             given = body.get("input")
             turns = (
                 [{"role": "user", "content": given}] if isinstance(given, str) else _listed(given, "input")

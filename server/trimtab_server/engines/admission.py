@@ -1,65 +1,53 @@
-"""The line before a model: so many requests at once, so many that wait, in the order in which they came."""
+"""The queue in front of a model: a maximum number of running requests, and a maximum number that wait."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import deque
 
-from trimtab_server.errors import RateLimitError
+from trimtab_server.errors import RETRY_AFTER_SECONDS, RateLimitError
 
 
-class Turnstile:
-    """Lets `limit` through at once, and up to `places` more wait; nobody waits while there is room."""
+class AdmissionQueue:
+    """Admits `max_running` requests at once and queues up to `max_queued` more, first in, first out."""
 
-    def __init__(self, name: str, limit: int, places: int) -> None:
-        self._name = name
-        self._room = limit
-        self._places = places
-        self._line: deque[asyncio.Future[None]] = deque()
+    def __init__(self, model: str, max_running: int, max_queued: int) -> None:
+        self._model = model
+        self._max_running = max_running
+        self._max_queued = max_queued
+        self._slots = asyncio.Semaphore(max_running)
+        self._queued = 0
 
     @property
-    def waiting(self) -> int:
-        return len(self._line)
+    def queued(self) -> int:
+        """The number of requests that wait."""
+        return self._queued
 
-    def require_place(self) -> None:
-        """Make sure that there is a turn or a place in the line, before work is done for who may not enter.
+    def require_room(self) -> None:
+        """Reject a request that could neither run nor wait, before work is done for it.
 
         Raises:
-            RateLimitError: the line is full.
+            RateLimitError: the queue is full.
         """
-        if not self._room and len(self._line) >= self._places:
+        if self._slots.locked() and self._queued >= self._max_queued:
             raise RateLimitError(
-                f"The model {self._name!r} has all the requests that it takes, and {self._places} that wait.",
+                f"Model {self._model!r} is at capacity ({self._max_running} running,"
+                f" {self._max_queued} queued). Retry after {RETRY_AFTER_SECONDS} s.",
                 param="model",
             )
 
-    async def enter(self) -> None:
-        """Wait for a turn, which `leave` gives back. Whoever is cancelled here leaves the line.
+    async def acquire(self) -> None:
+        """Wait for a slot. A request that is cancelled leaves the queue.
 
         Raises:
-            RateLimitError: the line is full.
+            RateLimitError: the queue is full.
         """
-        if self._room:
-            self._room -= 1
-            return
-        self.require_place()
-        turn = asyncio.get_running_loop().create_future()
-        self._line.append(turn)
+        self.require_room()
+        self._queued += 1
         try:
-            await turn
-        except asyncio.CancelledError:
-            with contextlib.suppress(ValueError):
-                self._line.remove(turn)
-            if not turn.cancelled():  # it had been given its turn just before
-                self.leave()
-            raise
+            await self._slots.acquire()
+        finally:
+            self._queued -= 1
 
-    def leave(self) -> None:
-        """Give the turn to the first in the line."""
-        while self._line:
-            turn = self._line.popleft()
-            if not turn.cancelled():
-                turn.set_result(None)
-                return
-        self._room += 1
+    def release(self) -> None:
+        """Give the slot to the next request."""
+        self._slots.release()

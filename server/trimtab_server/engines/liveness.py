@@ -15,9 +15,9 @@ from http import HTTPStatus
 
 from trimtab_processors.liveness import ENGINE_HEALTH
 from trimtab_server.engines.client import Upstream
+from trimtab_server.engines.vllm.endpoints import HEALTH
 from trimtab_server.errors import ApiError
 
-HEALTH = "/health"
 _LOOK_SECONDS = 3
 """Between two looks at a worker."""
 _BUSY_SHARE = 0.25

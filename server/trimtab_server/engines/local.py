@@ -13,10 +13,11 @@ from pathlib import Path
 from trimtab_server.config.schema import Settings
 from trimtab_server.config.types import ADMIN_KEYS_VARIABLE
 from trimtab_server.engines.client import SocketAddress, Upstream
-from trimtab_server.engines.liveness import HEALTH, Liveness
+from trimtab_server.engines.liveness import Liveness
 from trimtab_server.engines.process import Output, WorkerProcess
 from trimtab_server.engines.replica import Cause, OnReady, State, UnreadyError, Worker, WorkerId
 from trimtab_server.engines.vllm.command import worker_command, worker_environment
+from trimtab_server.engines.vllm.endpoints import HEALTH
 from trimtab_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)

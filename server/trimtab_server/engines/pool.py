@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from trimtab_server.config.schema import Settings
 from trimtab_server.config.types import SettingsError
-from trimtab_server.engines.admission import Turnstile
+from trimtab_server.engines.admission import AdmissionQueue
 from trimtab_server.engines.client import Answer, RemoteAddress, Upstream
 from trimtab_server.engines.local import LocalWorker
 from trimtab_server.engines.messages import Call
@@ -36,10 +36,10 @@ _MAX_DIRECTORY_BYTES = 60
 class Model:
     """One model: the workers that share its load, and the line before them."""
 
-    def __init__(self, name: str, workers: Sequence[Worker], turnstile: Turnstile) -> None:
+    def __init__(self, name: str, workers: Sequence[Worker], admission: AdmissionQueue) -> None:
         self.name = name
         self.workers = tuple(workers)
-        self._turnstile = turnstile
+        self._admission = admission
         self._last = -1
 
     @property
@@ -67,7 +67,7 @@ class Model:
         Raises:
             RateLimitError: as many as may wait do.
         """
-        self._turnstile.require_place()
+        self._admission.require_room()
 
     async def take_turn(self, held: contextlib.ExitStack) -> None:
         """Wait until this request is one of those of which there may be `limits.concurrent` at once.
@@ -78,8 +78,8 @@ class Model:
         Raises:
             RateLimitError: as many as may wait do.
         """
-        await self._turnstile.enter()
-        held.callback(self._turnstile.leave)
+        await self._admission.acquire()
+        held.callback(self._admission.release)
 
     async def send(self, call: Call, request_id: str) -> Answer:
         """Send a request to the worker with the fewest; one that could not be connected goes to the next.
@@ -205,11 +205,11 @@ class Workers(Mapping[str, Model]):
 
     def _model(self, name: str, directory: Path) -> Model:
         limits = self._settings.limits
-        turnstile = Turnstile(name, limits.concurrent, limits.queued)
-        self._metrics.queued.labels(name).set_function(lambda: turnstile.waiting)
+        admission = AdmissionQueue(name, limits.concurrent, limits.queued)
+        self._metrics.queued.labels(name).set_function(lambda: admission.queued)
         count = len(self._settings.models[name].replicas)
         ids = [WorkerId(name, index, several=count > 1) for index in range(count)]
-        return Model(name, [self._worker(identity, directory) for identity in ids], turnstile)
+        return Model(name, [self._worker(identity, directory) for identity in ids], admission)
 
     def _worker(self, identity: WorkerId, directory: Path) -> Worker:
         replica = self._settings.models[identity.model].replicas[identity.index]

@@ -6,9 +6,7 @@ import json
 from typing import Any
 
 from trimtab_server.engines.client import Upstream
-
-MODELS = "/v1/models"
-CONTROLS = "/v1/controls"
+from trimtab_server.engines.vllm.endpoints import CONTROLS, MODELS
 
 
 async def prompt_bytes(upstream: Upstream) -> int | None:

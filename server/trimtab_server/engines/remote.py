@@ -10,8 +10,8 @@ from typing import Any
 
 from trimtab_server.config.schema import Settings
 from trimtab_server.engines.client import RemoteAddress, Upstream
-from trimtab_server.engines.prompt_bound import CONTROLS, MODELS
 from trimtab_server.engines.replica import OnReady, State, UnreadyError, Worker, WorkerId
+from trimtab_server.engines.vllm.endpoints import CONTROLS, MODELS
 from trimtab_server.metrics import Metrics
 
 _INSTANCES = 64

@@ -13,9 +13,9 @@ from http import HTTPStatus
 from typing import Any
 
 from trimtab_server.engines.client import Answer, Upstream
-from trimtab_server.engines.liveness import HEALTH
 from trimtab_server.engines.messages import Call
 from trimtab_server.engines.prompt_bound import prompt_bytes
+from trimtab_server.engines.vllm.endpoints import HEALTH
 from trimtab_server.errors import ApiError, WorkerUnavailableError
 from trimtab_server.metrics import Metrics
 

@@ -85,7 +85,7 @@ def test_what_is_too_much_waits_and_goes_in_its_order(gateway, full):
 
 def test_beyond_the_line_it_is_429_with_a_time_to_come_back(gateway, full):
     line_up(gateway, "first", "second")
-    with pytest.raises(openai.RateLimitError, match="2 that wait") as refused:
+    with pytest.raises(openai.RateLimitError, match="2 queued") as refused:
         ask(gateway.client(), "m")
     assert int(refused.value.response.headers["retry-after"]) > 0
     assert refused.value.body == {

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from trimtab_server.api import forms
-from trimtab_server.engines.vllm.endpoints import ADMIN, ALLOWED, DISABLED
+from trimtab_server.engines.vllm.endpoints import Access, methods_at, paths_with
 
 TWO = {"a": {"model": "."}, "b": {"model": "."}}
 AUDIO = b"RIFF\r\n\x00\xff--model\r\n" * 500
@@ -30,7 +30,7 @@ def ask(gateway, method, path, key=None):
 # Who may
 
 
-@pytest.mark.parametrize("path", sorted(ADMIN))
+@pytest.mark.parametrize("path", sorted(paths_with(Access.ADMIN)))
 def test_without_admin_keys_nobody_reaches_an_administrative_endpoint(start, path):
     gateway = start()
     for method in ("POST", "GET", "DELETE"):
@@ -66,7 +66,7 @@ def test_the_configuration_opens_paths_for_clients(keyed):
     assert ask(gateway, "GET", "/of/mine/too", "client").status_code == 404
 
 
-@pytest.mark.parametrize("path", sorted(DISABLED))
+@pytest.mark.parametrize("path", sorted(paths_with(Access.DISABLED)))
 def test_what_would_bypass_controls_is_disabled_for_admins_too(keyed, path):
     gateway = keyed()
     for spelled in (path, path + "/", path.upper()):
@@ -75,16 +75,16 @@ def test_what_would_bypass_controls_is_disabled_for_admins_too(keyed, path):
         assert "disabled because it would bypass controls and limits" in gateway.error(response)["message"]
 
 
-@pytest.mark.parametrize("path", sorted(ALLOWED))
+@pytest.mark.parametrize("path", sorted(paths_with(Access.CLIENT)))
 def test_what_is_allowed_passes_with_its_own_methods_alone(start, path):
     gateway = start()
     for method in ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"):
         response = ask(gateway, method, path)
-        if method in ALLOWED[path]:
+        if method in methods_at(path):
             assert (response.status_code, response.headers["x-from-worker"]) == (202, "m")
         else:
             assert response.status_code == 405
-            assert response.headers["allow"] == ", ".join(sorted(ALLOWED[path]))
+            assert response.headers["allow"] == ", ".join(sorted(methods_at(path)))
 
 
 @pytest.mark.parametrize(

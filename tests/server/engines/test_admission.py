@@ -1,4 +1,4 @@
-"""The line before a model."""
+"""The queue in front of a model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from trimtab_server.engines.admission import Turnstile
+from trimtab_server.engines.admission import AdmissionQueue
 from trimtab_server.errors import RateLimitError
 
 
@@ -17,16 +17,16 @@ async def settle() -> None:
 
 
 class Crowd:
-    """Whoever goes through a turnstile, in their order."""
+    """Whoever goes through a queue, in their order."""
 
     def __init__(self, limit: int, places: int) -> None:
-        self.turnstile = Turnstile("m", limit, places)
+        self.queue = AdmissionQueue("m", limit, places)
         self.inside: list[int] = []
         self.tasks: list[asyncio.Task] = []
 
     async def come(self, number: int) -> asyncio.Task:
         async def enter() -> None:
-            await self.turnstile.enter()
+            await self.queue.acquire()
             self.inside.append(number)
 
         task = asyncio.create_task(enter())
@@ -53,28 +53,28 @@ async def test_so_many_enter_at_once_and_the_others_wait_in_their_order(crowd):
     for number in range(5):
         await crowd.come(number)
     assert crowd.inside == [0, 1]
-    assert crowd.turnstile.waiting == 3
+    assert crowd.queue.queued == 3
     for left in range(3):
-        crowd.turnstile.leave()
+        crowd.queue.release()
         await settle()
         assert crowd.inside == list(range(3 + left))
-    assert crowd.turnstile.waiting == 0
+    assert crowd.queue.queued == 0
 
 
 @crowded(limit=1, places=1)
 async def test_where_the_line_is_full_nobody_joins_it(crowd):
     await crowd.come(0)
     await crowd.come(1)
-    with pytest.raises(RateLimitError, match="1 that wait"):
-        await crowd.turnstile.enter()
-    assert crowd.turnstile.waiting == 1
+    with pytest.raises(RateLimitError, match="1 running, 1 queued"):
+        await crowd.queue.acquire()
+    assert crowd.queue.queued == 1
 
 
 @crowded(limit=1, places=0)
 async def test_without_places_nobody_waits(crowd):
     await crowd.come(0)
     with pytest.raises(RateLimitError):
-        await crowd.turnstile.enter()
+        await crowd.queue.acquire()
 
 
 @crowded(limit=1, places=3)
@@ -83,8 +83,8 @@ async def test_who_goes_away_leaves_the_line_to_the_others(crowd):
     second, _ = await crowd.come(1), await crowd.come(2)
     second.cancel()
     await settle()
-    assert crowd.turnstile.waiting == 1
-    crowd.turnstile.leave()
+    assert crowd.queue.queued == 1
+    crowd.queue.release()
     await settle()
     assert crowd.inside == [0, 2]
 
@@ -95,12 +95,12 @@ def test_a_turn_is_not_lost_with_who_goes_away_as_it_comes(cancelled_first):
     async def run(crowd):
         await crowd.come(0)
         second, _ = await crowd.come(1), await crowd.come(2)
-        steps = [second.cancel, crowd.turnstile.leave]
+        steps = [second.cancel, crowd.queue.release]
         for step in steps if cancelled_first else reversed(steps):
             step()
         await settle()
         assert crowd.inside == [0, 2]
-        crowd.turnstile.leave()
+        crowd.queue.release()
         await crowd.come(3)
         assert crowd.inside == [0, 2, 3]
 
