@@ -60,7 +60,7 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="The port to listen on.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the workers print.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the replicas print.")] = False,
 ) -> None:
     """Serve models on one port: those of CONFIG, those named by --model, or else the small world.
 

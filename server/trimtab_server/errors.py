@@ -136,26 +136,26 @@ class OverloadedError(ApiError):
     headers = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
 
 
-class WorkerUnavailableError(ApiError):
-    """No worker of the model takes the request: it starts, restarts, or has failed; nothing was sent."""
+class ReplicaUnavailableError(ApiError):
+    """No replica of the model takes the request: it starts, restarts, or has failed; nothing was sent."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "model_not_ready"
     headers = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
 
 
-class WorkerFailedError(ApiError):
-    """The model's worker took the request and broke off."""
+class ReplicaFailedError(ApiError):
+    """The model's replica took the request and broke off."""
 
     status = HTTPStatus.BAD_GATEWAY
-    code = "worker_failed"
+    code = "replica_failed"
 
 
-class WorkerTimeoutError(ApiError):
-    """The model's worker took the request and fell silent."""
+class ReplicaTimeoutError(ApiError):
+    """The model's replica took the request and fell silent."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
-    code = "worker_timeout"
+    code = "replica_timeout"
 
 
 def _printable(text: str) -> str:
@@ -186,7 +186,7 @@ def body_for(path: str, request_id: str, status: int, body: dict[str, Any]) -> d
 
 
 def translated(path: str, request_id: str, status: int, content: bytes) -> bytes:
-    """Return a worker's error, as JSON, in the shape of the API that `path` belongs to.
+    """Return a replica's error, as JSON, in the shape of the API that `path` belongs to.
 
     What is no error object stays as it is.
     """
@@ -201,7 +201,7 @@ def translated(path: str, request_id: str, status: int, content: bytes) -> bytes
 
 
 def _answer(request: Request, body: dict[str, Any], status: int, headers: Mapping[str, str]) -> Response:
-    request_id = request.state.exchange.request_id
+    request_id = request.state.log.request_id
     return JSONResponse(
         body_for(request.scope["path"], request_id, status, body), status, headers=dict(headers)
     )
@@ -241,7 +241,7 @@ async def on_disconnect(_: Request, error: Exception) -> Response:
 
 async def on_fault(request: Request, _: Exception) -> Response:
     """Answer what nobody foresaw, without a word of its insides; the log has the traceback."""
-    request_id = request.state.exchange.request_id
+    request_id = request.state.log.request_id
     # This answer is made outside the middleware that adds the id to all others.
     headers = {REQUEST_ID: request_id}
     if is_anthropic(request.scope["path"]):

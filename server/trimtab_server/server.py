@@ -15,8 +15,8 @@ from trimtab_server.api.app import create_app
 from trimtab_server.config.schema import Settings
 from trimtab_server.config.tls import uvicorn_options
 from trimtab_server.config.types import ADMIN_KEYS_VARIABLE, SettingsError
-from trimtab_server.controls.registry import Catalogue, load_controls
-from trimtab_server.engines.pool import Workers
+from trimtab_server.controls.registry import ControlRegistry, load_controls
+from trimtab_server.engines.pool import ModelPool
 from trimtab_server.engines.vllm.command import PRIVATE_VLLM_KEY
 from trimtab_server.logs import set_up_logging
 from trimtab_server.metrics import Metrics
@@ -55,11 +55,11 @@ def run_gateway(settings: Settings, *, verbose: bool = False) -> int:
     """
     set_up_logging(settings.log_level, settings.log_format)
     _warn_of_open_doors(settings)
-    catalogue = Catalogue(settings, load_controls(settings))
+    registry = ControlRegistry(settings, load_controls(settings))
     metrics = Metrics()
-    workers = Workers(settings, metrics, echo=verbose)
+    replicas = ModelPool(settings, metrics, echo=verbose)
     config = uvicorn.Config(
-        create_app(settings, catalogue, workers, metrics),
+        create_app(settings, registry, replicas, metrics),
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -71,9 +71,9 @@ def run_gateway(settings: Settings, *, verbose: bool = False) -> int:
     )
     _make_directory(settings.logs)
     listener = config.bind_socket()
-    listener.set_inheritable(False)  # else a worker's launcher would keep the port after a hard end
+    listener.set_inheritable(False)  # else a replica's launcher would keep the port after a hard end
     server = GatewayServer(config)
-    workers.on_all_failed = server.give_up
+    replicas.on_all_failed = server.give_up
     server.run(sockets=[listener])
     return server.status
 

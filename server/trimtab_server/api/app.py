@@ -17,14 +17,14 @@ from trimtab_server.api.bodies import BodyReader
 from trimtab_server.api.gateway import Gateway
 from trimtab_server.api.passthrough import passthrough_routes
 from trimtab_server.api.playground import playground_routes
-from trimtab_server.api.request_log import Observe
+from trimtab_server.api.request_log import RequestLogMiddleware
 from trimtab_server.api.routes import admin_routes, open_routes, routes
 from trimtab_server.config.schema import Settings
 from trimtab_server.config.sections import Cors
 from trimtab_server.controls.loader import Loader
 from trimtab_server.controls.preparing import Preparer
-from trimtab_server.controls.registry import Catalogue
-from trimtab_server.engines.pool import Workers
+from trimtab_server.controls.registry import ControlRegistry
+from trimtab_server.engines.pool import ModelPool
 from trimtab_server.errors import (
     ApiError,
     on_api_error,
@@ -37,23 +37,23 @@ from trimtab_server.metrics import Metrics
 from trimtab_server.protocol import ANTHROPIC_REQUEST_ID, CONTROL_HEADER, REQUEST_ID
 
 
-def create_app(settings: Settings, catalogue: Catalogue, workers: Workers, metrics: Metrics) -> FastAPI:
-    """The application; `workers` run for as long as it does."""
+def create_app(settings: Settings, registry: ControlRegistry, models: ModelPool, metrics: Metrics) -> FastAPI:
+    """The application; `models` run for as long as it does."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with workers:
+        async with models:
             yield
 
-    loader = Loader(settings, catalogue, workers)
-    workers.on_ready = loader.prepare
+    loader = Loader(settings, registry, models)
+    models.on_ready = loader.prepare
     app = FastAPI(
         title="Trimtab", version=version("trimtab"), lifespan=lifespan, docs_url=None, redoc_url=None
     )
     app.state.gateway = Gateway(
         settings,
-        catalogue,
-        workers,
+        registry,
+        models,
         metrics,
         loader,
         bodies=BodyReader(settings),
@@ -62,7 +62,7 @@ def create_app(settings: Settings, catalogue: Catalogue, workers: Workers, metri
     if settings.cors.is_open:
         app.add_middleware(CORSMiddleware, **_cors_options(settings.cors))
     # Around all others, so that a preflight that another one answers is in the log too.
-    app.add_middleware(Observe, metrics=metrics, shows_bodies=settings.log_prompts)
+    app.add_middleware(RequestLogMiddleware, metrics=metrics, shows_bodies=settings.log_prompts)
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(ClientDisconnect, on_disconnect)

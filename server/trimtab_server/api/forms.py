@@ -25,7 +25,7 @@ _PIECE_BYTES = 2**16
 MAX_FIELD_BYTES = 65_536
 """Maximum size of a field that the gateway reads."""
 MAX_PARTS = 1000
-"""Maximum number of fields and files; the worker's own form parser has the same."""
+"""Maximum number of fields and files; the replica's own form parser has the same."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def boundary_of(request: Request) -> bytes:
     if not options.get(b"boundary"):
         raise BadRequestError("Content-Type multipart/form-data must have a boundary", code="invalid_form")
     charset = options.get(b"charset", b"utf-8").lower()
-    if charset not in (b"utf-8", b"utf8", b"us-ascii"):  # the worker would read other names than the gateway
+    if charset not in (b"utf-8", b"utf8", b"us-ascii"):  # the replica would read other names than the gateway
         raise BadRequestError(
             f"`charset` of a form must be utf-8, got {charset.decode('latin-1')[:80]!r}", code="invalid_form"
         )

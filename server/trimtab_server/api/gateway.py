@@ -10,13 +10,13 @@ from fastapi import Depends, Request
 from trimtab_server.api.auth import require_admin, require_key
 from trimtab_server.api.bodies import BodyReader
 from trimtab_server.api.json_body import JsonObject, require_json
-from trimtab_server.api.request_log import SHOWN_BODY_BYTES, exchange_of
+from trimtab_server.api.request_log import SHOWN_BODY_BYTES, request_log_of
 from trimtab_server.config.schema import Settings
 from trimtab_server.controls.loader import Loader
 from trimtab_server.controls.preparing import Preparer
-from trimtab_server.controls.registry import Catalogue
+from trimtab_server.controls.registry import ControlRegistry
 from trimtab_server.controls.request import split_alias
-from trimtab_server.engines.pool import Model, Workers
+from trimtab_server.engines.pool import ModelPool, ServedModel
 from trimtab_server.errors import BadRequestError, UnknownModelError
 from trimtab_server.metrics import Metrics
 
@@ -26,32 +26,32 @@ class Gateway:
     """What the endpoints work with."""
 
     settings: Settings
-    catalogue: Catalogue
-    workers: Workers
+    registry: ControlRegistry
+    models: ModelPool
     metrics: Metrics
     loader: Loader
     bodies: BodyReader
     preparer: Preparer
 
-    def model(self, model: Any) -> Model:
+    def model(self, model: Any) -> ServedModel:
         """The model of this name; without a name, the only one.
 
         Raises:
             UnknownModelError: no model has this name.
             BadRequestError: it is no name, or there is none and several models.
         """
-        if model is None and len(self.workers) == 1:
-            return next(iter(self.workers.values()))
-        names = ", ".join(self.workers)
+        if model is None and len(self.models) == 1:
+            return next(iter(self.models.values()))
+        names = ", ".join(self.models)
         if model is None:
             raise BadRequestError(
                 f"Which model? Name one of: {names} (`model` in the body or the query)", param="model"
             )
         if not isinstance(model, str):
             raise BadRequestError(f"model is the name of one, got {str(model)[:80]}", param="model")
-        if model not in self.workers:
+        if model not in self.models:
             raise UnknownModelError(f"There is no model {model[:80]!r}; there is: {names}", param="model")
-        return self.workers[model]
+        return self.models[model]
 
 
 def gateway_of(request: Request) -> Gateway:
@@ -60,60 +60,60 @@ def gateway_of(request: Request) -> Gateway:
     return gateway
 
 
-Here = Annotated[Gateway, Depends(gateway_of)]
+GatewayDep = Annotated[Gateway, Depends(gateway_of)]
 
 
-def key_needed(request: Request, here: Here) -> None:
+def key_needed(request: Request, gateway: GatewayDep) -> None:
     """Require an API key, if there are any."""
-    require_key(request, here.settings)
+    require_key(request, gateway.settings)
 
 
-def key_for_metrics(request: Request, here: Here) -> None:
+def key_for_metrics(request: Request, gateway: GatewayDep) -> None:
     """Require an API key for metrics, if the configuration protects them."""
-    if here.settings.protect_metrics:
-        require_key(request, here.settings)
+    if gateway.settings.protect_metrics:
+        require_key(request, gateway.settings)
 
 
-def admin_key_needed(request: Request, here: Here) -> None:
+def admin_key_needed(request: Request, gateway: GatewayDep) -> None:
     """Require an admin key."""
-    require_admin(request, here.settings)
+    require_admin(request, gateway.settings)
 
 
-async def read_whole(request: Request, here: Gateway) -> bytes:
+async def read_whole(request: Request, gateway: Gateway) -> bytes:
     """Read the body, when there is room for it."""
-    exchange = exchange_of(request)
-    body = await here.bodies.read(request, exchange.body_memory)
-    exchange.received(body)
+    log = request_log_of(request)
+    body = await gateway.bodies.read(request, log.body_memory)
+    log.received(body)
     return body
 
 
-async def read_to_file(request: Request, here: Gateway) -> bytes | BinaryIO:
+async def read_to_file(request: Request, gateway: Gateway) -> bytes | BinaryIO:
     """Read a body whose content the gateway does not need: a large one is a temporary file."""
-    exchange = exchange_of(request)
-    body = await here.bodies.read_to_file(request, exchange.body_memory)
+    log = request_log_of(request)
+    body = await gateway.bodies.read_to_file(request, log.body_memory)
     if isinstance(body, bytes):
-        exchange.received(body)
+        log.received(body)
     else:
         size = body.tell()
         body.seek(0)
-        exchange.received(body.read(SHOWN_BODY_BYTES), size)
+        log.received(body.read(SHOWN_BODY_BYTES), size)
     return body
 
 
-async def read_object(request: Request, here: Gateway) -> JsonObject:
+async def read_object(request: Request, gateway: Gateway) -> JsonObject:
     """Read a body that must be a JSON object."""
-    body = await read_whole(request, here)
+    body = await read_whole(request, gateway)
     require_json(request)
-    return await here.bodies.parse(body)
+    return await gateway.bodies.parse(body)
 
 
-def route_to(request: Request, here: Gateway, asked: Any) -> tuple[Model, str | None]:
+def route_to(request: Request, gateway: Gateway, asked: Any) -> tuple[ServedModel, str | None]:
     """Find the model of a request, and count the request as its.
 
     Returns:
         The model, and what an alias says of controls, if `asked` is one.
     """
     name, said = split_alias(asked)
-    model = here.model(name)
-    exchange_of(request).routed(model.name, None if said is None else asked)
+    model = gateway.model(name)
+    request_log_of(request).routed(model.name, None if said is None else asked)
     return model, said

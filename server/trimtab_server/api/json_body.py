@@ -2,8 +2,8 @@
 
 A body can be tens of megabytes. Parsing all of it would stall every other request for seconds: it holds
 Python's lock, also in a thread. So one fast pass parses only the top level, and makes no objects below it.
-A value becomes objects when the gateway reads it, if it is small enough. Every other value reaches the worker
-as the client wrote it.
+A value becomes objects when the gateway reads it, if it is small enough. Every other value reaches the
+replica as the client wrote it.
 """
 
 from __future__ import annotations

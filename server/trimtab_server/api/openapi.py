@@ -71,10 +71,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         413: "The body or the prompt is too large.",
         415: "The body is no JSON.",
         429: "Too many requests at once; `Retry-After` says when to try again.",
-        500: "The gateway or the worker failed.",
-        502: "The worker broke off.",
-        503: "No worker of the model answers now.",
-        504: "The worker fell silent.",
+        500: "The gateway or the replica failed.",
+        502: "The replica broke off.",
+        503: "No replica of the model answers now.",
+        504: "The replica fell silent.",
     }.items()
 }
 

@@ -1,4 +1,4 @@
-"""Requests to every other endpoint of a worker: who may send them, and which model they are for."""
+"""Requests to every other endpoint of a replica: who may send them, and which model they are for."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from starlette.routing import Match
 
 from trimtab_server.api.auth import require_admin, require_key
 from trimtab_server.api.forms import Field, boundary_of, is_form, read_fields, write_with_value
-from trimtab_server.api.gateway import Gateway, Here, read_to_file, read_whole, route_to
+from trimtab_server.api.gateway import Gateway, GatewayDep, read_to_file, read_whole, route_to
 from trimtab_server.api.json_body import JsonObject, is_json
 from trimtab_server.api.proxy import relay
-from trimtab_server.api.request_log import exchange_of
+from trimtab_server.api.request_log import request_log_of
 from trimtab_server.config.schema import Settings
 from trimtab_server.controls.registry import XARGS, refuse_own_xargs
 from trimtab_server.controls.request import FIELD, from_text, split_alias
@@ -36,18 +36,18 @@ passthrough_routes = APIRouter()
 
 
 @passthrough_routes.api_route("/{path:path}", methods=_METHODS, include_in_schema=False)
-async def forward(request: Request, here: Here) -> Response:
-    """Pass a request on to an endpoint of a worker that the gateway does not answer itself."""
-    _require_access(request, here.settings)
-    body, asked = await _read_with_base_model(request, here)
+async def forward(request: Request, gateway: GatewayDep) -> Response:
+    """Pass a request on to an endpoint of a replica that the gateway does not answer itself."""
+    _require_access(request, gateway.settings)
+    body, asked = await _read_with_base_model(request, gateway)
     if asked is None:
         asked = request.query_params.get(_MODEL)
     if asked is None and not body:
-        _require_only_model(request, here)
-    model, said = route_to(request, here, asked)
+        _require_only_model(request, gateway)
+    model, said = route_to(request, gateway, asked)
     if said is not None:
         # The endpoint has no use for the controls, but a name that generates nowhere is no name here either.
-        here.catalogue.choose(model.name, from_text(said, _MODEL), _MODEL)
+        gateway.registry.resolve(model.name, from_text(said, _MODEL), _MODEL)
     return await relay(request, model, body)
 
 
@@ -88,44 +88,45 @@ def _require_admin_or_hide(request: Request, settings: Settings) -> None:
         require_admin(request, settings)
     except (ForbiddenError, UnauthorizedError) as error:
         raise NotFoundError(
-            f"There is no endpoint {request.method} {request.scope['path'][:80]}. If the worker has it, use"
+            f"There is no endpoint {request.method} {request.scope['path'][:80]}. If the replica has it, use"
             " an admin key or add the path to `pass_through`"
         ) from error
 
 
-def _require_only_model(request: Request, here: Gateway) -> None:
-    if len(here.workers) > 1:
+def _require_only_model(request: Request, gateway: Gateway) -> None:
+    if len(gateway.models) > 1:
         path = request.scope["path"][:80]
+        names = ", ".join(gateway.models)
         raise BadRequestError(
-            f"{request.method} {path} needs a model. Add ?model=NAME with one of: {', '.join(here.workers)}",
+            f"{request.method} {path} needs a model. Add ?model=NAME with one of: {names}",
             param=_MODEL,
         )
 
 
-async def _read_with_base_model(request: Request, here: Gateway) -> tuple[bytes | BinaryIO, Any]:
+async def _read_with_base_model(request: Request, gateway: Gateway) -> tuple[bytes | BinaryIO, Any]:
     """Return the body with the model's own name instead of an alias, and the name that the body has."""
     if is_form(request):
-        return await _read_form(request, here)
-    body = await read_whole(request, here)
+        return await _read_form(request, gateway)
+    body = await read_whole(request, gateway)
     if body and is_json(request):
-        return _json_with_base_model(await here.bodies.parse(body))
+        return _json_with_base_model(await gateway.bodies.parse(body))
     return body, None
 
 
-async def _read_form(request: Request, here: Gateway) -> tuple[bytes | BinaryIO, Any]:
-    body = await read_to_file(request, here)
+async def _read_form(request: Request, gateway: Gateway) -> tuple[bytes | BinaryIO, Any]:
+    body = await read_to_file(request, gateway)
     if not body:
         return body, None
     form = io.BytesIO(body) if isinstance(body, bytes) else body
     boundary, size = boundary_of(request), form.seek(0, io.SEEK_END)
-    field = await here.bodies.run(size, lambda: _model_field(form, boundary))
+    field = await gateway.bodies.run(size, lambda: _model_field(form, boundary))
     if field is None:
         return body, None
     name, said = split_alias(field.value)
     if said is not None:
-        held = exchange_of(request).body_memory
+        held = request_log_of(request).body_memory
         renamed = held.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - `held` closes it
-        await here.bodies.run(size, lambda: write_with_value(form, field, name, renamed))
+        await gateway.bodies.run(size, lambda: write_with_value(form, field, name, renamed))
         body = renamed
     return body, field.value
 

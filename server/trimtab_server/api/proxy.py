@@ -1,11 +1,10 @@
-"""Passing a request on to a worker, and its answer back as it comes."""
+"""Passing a request on to a replica, and its answer back as it comes."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any, BinaryIO, TypeVar
 
@@ -15,32 +14,33 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from trimtab_server.api.renaming import EventRenaming, event_paths, rename
-from trimtab_server.api.request_log import exchange_of
-from trimtab_server.engines.client import Answer
-from trimtab_server.engines.messages import Call
-from trimtab_server.engines.pool import Model
+from trimtab_server.api.request_log import request_log_of
+from trimtab_server.engines.messages import UpstreamRequest, UpstreamResponse
+from trimtab_server.engines.pool import ServedModel
 from trimtab_server.errors import CLIENT_CLOSED_REQUEST, ApiError, body_for, is_anthropic, translated
 
 Result = TypeVar("Result")
 HeaderPairs = Iterable[tuple[bytes, bytes]]
 
 
-def call_of(request: Request, body: bytes | BinaryIO, *, uncompressed: bool = False) -> Call:
-    """The request as a worker is to get it; `uncompressed`: such that its answer is not compressed."""
+def upstream_request_of(
+    request: Request, body: bytes | BinaryIO, *, uncompressed: bool = False
+) -> UpstreamRequest:
+    """The request as a replica is to get it; `uncompressed`: such that its answer is not compressed."""
     target = request.scope["raw_path"].decode("latin-1")
     if query := request.scope["query_string"].decode("latin-1"):
         target += f"?{query}"
     headers = request.headers.raw
     if uncompressed:
         headers = [pair for pair in headers if pair[0] != b"accept-encoding"]
-    return Call(request.method, target, headers, body)
+    return UpstreamRequest(request.method, target, headers, body)
 
 
-async def relay(request: Request, model: Model, body: bytes | BinaryIO) -> Response:
-    """Send the request on to a worker of `model`.
+async def relay(request: Request, model: ServedModel, body: bytes | BinaryIO) -> Response:
+    """Send the request on to a replica of `model`.
 
     Raises:
-        WorkerUnavailableError, WorkerFailedError, WorkerTimeoutError: as of `Model.send`.
+        ReplicaUnavailableError, ReplicaFailedError, ReplicaTimeoutError: as of `ServedModel.send`.
         ClientDisconnect: the client went away before the answer began.
     """
     model.require_ready()
@@ -49,25 +49,25 @@ async def relay(request: Request, model: Model, body: bytes | BinaryIO) -> Respo
 
 async def relay_in_turn(
     request: Request,
-    model: Model,
+    model: ServedModel,
     prepare: Callable[[], Awaitable[bytes]],
     extra_headers: HeaderPairs,
 ) -> Response:
-    """Send a request that is limited on to a worker of `model`, when its turn has come.
+    """Send a request that is limited on to a replica of `model`, when its turn has come.
 
     Within its turn it is prepared, so that the work for requests is limited as they are. A client that goes
-    away leaves the queue, ends the preparation, or closes the worker's connection, at once.
+    away leaves the queue, ends the preparation, or closes the replica's connection, at once.
 
     Args:
         request: as the client sent it.
         model: who gets it.
-        prepare: makes the body that the worker gets.
+        prepare: makes the body that the replica gets.
         extra_headers: of the answer.
 
     Raises:
         RateLimitError: the queue is full.
         ApiError: as of `prepare`.
-        WorkerUnavailableError, WorkerFailedError, WorkerTimeoutError: as of `Model.send`.
+        ReplicaUnavailableError, ReplicaFailedError, ReplicaTimeoutError: as of `ServedModel.send`.
         ClientDisconnect: the client went away before the answer began.
     """
     model.require_ready()
@@ -75,41 +75,33 @@ async def relay_in_turn(
 
 
 async def _answered_in_turn(
-    request: Request, model: Model, prepare: Callable[[], Awaitable[bytes]], extra_headers: HeaderPairs
+    request: Request, model: ServedModel, prepare: Callable[[], Awaitable[bytes]], extra_headers: HeaderPairs
 ) -> Response:
-    with ExitStack() as held:
-        await model.take_turn(held)
-        return await _answered(request, model, await prepare(), extra_headers, held)
+    await model.take_turn(request_log_of(request).resources)
+    return await _answered(request, model, await prepare(), extra_headers)
 
 
 async def _answered(
     request: Request,
-    model: Model,
+    model: ServedModel,
     body: bytes | BinaryIO,
     extra_headers: HeaderPairs = (),
-    held: ExitStack | None = None,
 ) -> Response:
-    """Return the worker's answer; `held` is given back when it has been passed on."""
-    exchange = exchange_of(request)
+    """Return the replica's answer. The request's resources close it."""
+    log = request_log_of(request)
     path = request.scope["path"]
-    names = None if exchange.alias is None else (model.name, exchange.alias)
-    call = call_of(request, body, uncompressed=names is not None or is_anthropic(path))
-    answer = await model.send(call, exchange.request_id)
-    if held is not None:
-        answer.held.push(held.pop_all())
+    names = None if log.alias is None else (model.name, log.alias)
+    call = upstream_request_of(request, body, uncompressed=names is not None or is_anthropic(path))
+    answer = await model.send(call, log.request_id, log.resources)
     is_renamed = names is not None and answer.is_json
     is_translated = is_anthropic(path) and answer.is_json and answer.status >= HTTPStatus.BAD_REQUEST
     if not answer.has_length and not (is_renamed or is_translated):
         return _Relayed(answer, request, names, extra_headers)
-    try:
-        content = await answer.read()
-    finally:
-        answer.close()
+    content = await answer.read()
     headers = answer.headers
-    if (
-        is_translated
-    ):  # vLLM's own errors there have OpenAI's shape, or kinds that Anthropic's API does not have
-        content = translated(path, exchange.request_id, answer.status, content)
+    if is_translated:
+        # vLLM's errors there have OpenAI's shape, or types that Anthropic's API does not have.
+        content = translated(path, log.request_id, answer.status, content)
     elif names is not None and is_renamed:
         content = rename(content, *names)
     if is_renamed or is_translated:
@@ -128,15 +120,15 @@ class _Relayed(StreamingResponse):
 
     def __init__(
         self,
-        answer: Answer,
+        answer: UpstreamResponse,
         request: Request,
         names: tuple[str, str] | None,
         extra_headers: HeaderPairs,
     ) -> None:
-        super().__init__(self._pieces(), answer.status)
+        super().__init__(self._iter_chunks(), answer.status)
         self.raw_headers = [*answer.headers, *extra_headers]
         self._answer = answer
-        self._exchange = exchange_of(request)
+        self._exchange = request_log_of(request)
         self._path = request.scope["path"]
         self._renaming = None
         if names is not None and answer.is_event_stream:
@@ -147,13 +139,12 @@ class _Relayed(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._answer.close()
             if not self._settled:
                 self._exchange.status = CLIENT_CLOSED_REQUEST
 
-    async def _pieces(self) -> AsyncIterator[bytes]:
+    async def _iter_chunks(self) -> AsyncIterator[bytes]:
         try:
-            async for piece in self._answer.pieces():
+            async for piece in self._answer.iter_chunks():
                 yield piece if self._renaming is None else self._renaming.feed(piece)
         except ApiError as error:
             self._exchange.status = error.status

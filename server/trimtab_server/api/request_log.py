@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab_processors.parameters import SEVERAL
-from trimtab_server.api.token_usage import Tail
+from trimtab_server.api.token_usage import UsageScanner
 from trimtab_server.engines.vllm.endpoints import HEALTH, METRICS, READY, label_of
 from trimtab_server.errors import CLIENT_CLOSED_REQUEST, is_anthropic
 from trimtab_server.logs import FIELDS
@@ -32,7 +32,7 @@ _PROBES = frozenset({HEALTH, READY, METRICS})
 _REQUEST_ID_PATTERN = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-class Exchange:
+class RequestLog:
     """One request and its answer, as they are counted."""
 
     def __init__(
@@ -44,9 +44,9 @@ class Exchange:
         self.control = ""
         self.alias: str | None = None
         """What the client calls the model, if it is not the model's own name."""
-        self.held = ExitStack()
-        """What a request holds until it is over."""
-        self.body_memory = ExitStack()
+        self.resources = ExitStack()
+        """What the request holds until it is over: turn, controls, the replica's response, body."""
+        self.body_memory = self.resources.enter_context(ExitStack())
         """The room that its body takes, in memory or in a temporary file, until the answer begins."""
         self._metrics = metrics
         self._method = method
@@ -54,7 +54,7 @@ class Exchange:
         self._endpoint = label_of(path)
         self._model = ""
         self._applied: str | None = None
-        self._tail = Tail()
+        self._tail = UsageScanner()
         self._shows_body = shows_body
         self._begun = time.perf_counter()
         self._first_byte: float | None = None
@@ -71,7 +71,7 @@ class Exchange:
             )
 
     def routed(self, model: str, alias: str | None = None) -> None:
-        """It is a worker's now; `model` is a configured name, `alias` what the client called it instead."""
+        """It is a replica's now; `model` is a configured name, `alias` what the client called it instead."""
         self._model = model
         self.alias = alias
         self._metrics.in_flight.labels(model).inc()
@@ -98,8 +98,7 @@ class Exchange:
 
     def finish(self) -> None:
         """It is over: count and log it, without a word of what was said."""
-        self.body_memory.close()
-        self.held.close()
+        self.resources.close()
         if self._model:
             self._metrics.in_flight.labels(self._model).dec()
         status = CLIENT_CLOSED_REQUEST if self.status is None else self.status
@@ -137,7 +136,7 @@ class Exchange:
         return time.perf_counter() - self._begun
 
 
-class Observe:
+class RequestLogMiddleware:
     """Middleware that follows every request; written against ASGI itself, so that it hides no disconnect."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, *, shows_bodies: bool = False) -> None:
@@ -150,25 +149,25 @@ class Observe:
             await self._app(scope, receive, send)
             return
         given_id = Headers(scope=scope).get(REQUEST_ID)
-        exchange = Exchange(
+        log = RequestLog(
             self._metrics, scope["method"], scope["path"], given_id, shows_body=self._shows_bodies
         )
-        scope.setdefault("state", {})["exchange"] = exchange
+        scope.setdefault("state", {})["log"] = log
 
         async def watch(message: Message) -> None:
-            exchange.sent(message)
+            log.sent(message)
             await send(message)
 
         try:
             await self._app(scope, receive, watch)
         except Exception:
-            exchange.status = 500
+            log.status = 500
             raise
         finally:
-            exchange.finish()
+            log.finish()
 
 
-def exchange_of(request: Request) -> Exchange:
-    """The exchange that a request is part of."""
-    exchange: Exchange = request.state.exchange
-    return exchange
+def request_log_of(request: Request) -> RequestLog:
+    """The log that a request is part of."""
+    log: RequestLog = request.state.log
+    return log

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -13,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from trimtab_server.api import openapi
 from trimtab_server.api.gateway import (
     Gateway,
-    Here,
+    GatewayDep,
     admin_key_needed,
     key_for_metrics,
     key_needed,
@@ -24,17 +25,17 @@ from trimtab_server.api.gateway import (
 from trimtab_server.api.json_body import JsonObject, require_json
 from trimtab_server.api.openapi import LoadControl, UnloadControl
 from trimtab_server.api.proxy import relay_in_turn
-from trimtab_server.api.request_log import exchange_of
+from trimtab_server.api.request_log import request_log_of
 from trimtab_server.controls.coverage import refuse_uncontrolled
 from trimtab_server.controls.prompts import Chat
 from trimtab_server.controls.registry import (
     XARGS,
-    Choices,
-    applied,
+    ResolvedControls,
+    format_controls,
     refuse_own_xargs,
 )
-from trimtab_server.controls.request import ALIAS, FIELD, Wanted, from_body, from_text, split_alias
-from trimtab_server.engines.pool import Workers
+from trimtab_server.controls.request import ALIAS, FIELD, ControlRequest, from_body, from_text, split_alias
+from trimtab_server.engines.pool import ModelPool, ServedModel
 from trimtab_server.engines.replica import State
 from trimtab_server.engines.vllm.endpoints import (
     CHAT,
@@ -49,7 +50,7 @@ from trimtab_server.engines.vllm.endpoints import (
     RESPONSES,
     UNLOAD,
 )
-from trimtab_server.errors import BadRequestError, WorkerTimeoutError
+from trimtab_server.errors import BadRequestError, ReplicaTimeoutError
 from trimtab_server.protocol import CONTROL_HEADER
 
 open_routes = APIRouter()
@@ -66,75 +67,77 @@ async def health() -> JSONResponse:
 
 @open_routes.head(READY, include_in_schema=False)
 @open_routes.get(READY)
-async def ready(here: Here) -> JSONResponse:
-    """Whether every model has a worker that answers, and how each of them does."""
-    described = await asyncio.gather(*(model.describe() for model in here.workers.values()))
-    models = dict(zip(here.workers, described, strict=True))
+async def ready(gateway: GatewayDep) -> JSONResponse:
+    """Whether every model has a replica that answers, and how each of them does."""
+    described = await asyncio.gather(*(model.describe() for model in gateway.models.values()))
+    models = dict(zip(gateway.models, described, strict=True))
     all_ready = all(model["state"] is State.READY for model in described)
     body = {"status": "ready" if all_ready else "not ready", "models": models}
     return JSONResponse(body, 200 if all_ready else 503)
 
 
 @open_routes.get(METRICS, dependencies=[Depends(key_for_metrics)])
-async def metrics(here: Here) -> Response:
-    """The gateway's metrics and every worker's."""
-    models = here.workers.values()
+async def metrics(gateway: GatewayDep) -> Response:
+    """The gateway's metrics and every replica's."""
+    models = gateway.models.values()
     scrapes = await asyncio.gather(*(model.probe_all("/metrics") for model in models))
     texts = {
         model.name: [None if body is None else body.decode(errors="replace") for body in bodies]
         for model, bodies in zip(models, scrapes, strict=True)
     }
-    return Response(here.metrics.expose(texts), media_type=CONTENT_TYPE_LATEST)
+    return Response(gateway.metrics.expose(texts), media_type=CONTENT_TYPE_LATEST)
 
 
 @routes.get(CONTROLS)
-async def controls(here: Here) -> JSONResponse:
+async def controls(gateway: GatewayDep) -> JSONResponse:
     """The controls that there are, and how each model's table maps its tokens onto theirs."""
-    mappings = await _mappings(here.workers)
+    mappings = await _mappings(gateway.models)
     data = [
         {
             **control,
             "mappings": {name: mappings.get((name, control["id"])) for name in control["models"]},
         }
-        for control in here.catalogue.describe()
+        for control in gateway.registry.describe()
     ]
     return JSONResponse({"object": "list", "data": data})
 
 
 @admin_routes.post(LOAD, openapi_extra=openapi.body_of(LoadControl))
-async def load_control(request: Request, here: Here) -> JSONResponse:
-    """Load a control into every worker that is to serve it, and offer it then."""
-    wanted = LoadControl.model_validate({**await read_object(request, here)})
-    await here.loader.load(wanted.control_name, wanted.control_path, wanted.models)
+async def load_control(request: Request, gateway: GatewayDep) -> JSONResponse:
+    """Load a control into every replica that is to serve it, and offer it then."""
+    wanted = LoadControl.model_validate({**await read_object(request, gateway)})
+    await gateway.loader.load(wanted.control_name, wanted.control_path, wanted.models)
     return JSONResponse({"status": "loaded", "control_name": wanted.control_name})
 
 
 @admin_routes.post(UNLOAD, openapi_extra=openapi.body_of(UnloadControl))
-async def unload_control(request: Request, here: Here) -> JSONResponse:
-    """Offer a loaded control no more; the answer comes when no request has it, and no worker."""
-    wanted = UnloadControl.model_validate({**await read_object(request, here)})
+async def unload_control(request: Request, gateway: GatewayDep) -> JSONResponse:
+    """Offer a loaded control no more; the answer comes when no request has it, and no replica."""
+    wanted = UnloadControl.model_validate({**await read_object(request, gateway)})
     # It goes on where the client does not wait for it.
-    await asyncio.shield(asyncio.ensure_future(here.loader.unload(wanted.control_name)))
+    await asyncio.shield(asyncio.ensure_future(gateway.loader.unload(wanted.control_name)))
     return JSONResponse({"status": "unloaded", "control_name": wanted.control_name})
 
 
 @routes.get(MODELS)
-async def models(here: Here) -> JSONResponse:
+async def models(gateway: GatewayDep) -> JSONResponse:
     """The models that answer, and their aliases: each with each of its controls."""
-    cards = [card for name in here.workers if (card := await _card(here, name))]
-    aliases = [_alias_card(card, control) for card in cards for control in here.catalogue.offered(card["id"])]
-    return JSONResponse({"object": "list", "data": cards + aliases[: here.settings.limits.aliases]})
+    cards = [card for name in gateway.models if (card := await _card(gateway, name))]
+    aliases = [
+        _alias_card(card, control) for card in cards for control in gateway.registry.names_for(card["id"])
+    ]
+    return JSONResponse({"object": "list", "data": cards + aliases[: gateway.settings.limits.aliases]})
 
 
 @routes.get(MODELS + "/{name:path}")
-async def model(here: Here, name: str) -> JSONResponse:
-    """One model or alias, as its worker describes it; vLLM itself has no such endpoint."""
+async def model(gateway: GatewayDep, name: str) -> JSONResponse:
+    """One model or alias, as its replica describes it; vLLM itself has no such endpoint."""
     base, said = split_alias(name)
-    here.model(base).require_ready()
-    choices = here.catalogue.choose(base, from_text(said, "model"), "model") if said is not None else ()
-    card = await _card(here, base)
+    gateway.model(base).require_ready()
+    choices = gateway.registry.resolve(base, from_text(said, "model"), "model") if said is not None else ()
+    card = await _card(gateway, base)
     if card is None:
-        raise WorkerTimeoutError(f"The worker of {base!r} does not answer.", param="model")
+        raise ReplicaTimeoutError(f"The replica of {base!r} does not answer.", param="model")
     return JSONResponse(_alias_card(card, said, choices) if said is not None else card)
 
 
@@ -146,41 +149,83 @@ async def model(here: Here, name: str) -> JSONResponse:
     openapi_extra=openapi.generating("messages", "a message"),
     responses=openapi.ANTHROPIC_ERRORS,
 )
-async def generate(request: Request, here: Here) -> Response:
+async def generate(request: Request, gateway: GatewayDep) -> Response:
     """Generate text, under controls where they are asked for."""
-    body = await read_whole(request, here)
+    generation = await _read(request, gateway)
+    _resolve_controls(request, gateway, generation)
+    _admit(request, generation)
+    await _validate(request, gateway, generation)
+    return await _send(request, gateway, generation)
+
+
+@dataclass
+class _Generation:
+    """A request to generate, on its way through `generate`."""
+
+    payload: JsonObject
+    size: int
+    """Bytes of the body."""
+    model: ServedModel
+    alias: str | None
+    """What the model's name says of controls."""
+    controls: ResolvedControls = ()
+    chat: Chat | None = None
+
+
+async def _read(request: Request, gateway: Gateway) -> _Generation:
+    """Read and parse the body, and find the model."""
+    body = await read_whole(request, gateway)
     require_json(request)
-    payload = await here.bodies.parse(body)
-    model, said = route_to(request, here, payload.get("model"))
+    payload = await gateway.bodies.parse(body)
+    model, alias = route_to(request, gateway, payload.get("model"))
+    return _Generation(payload, len(body), model, alias)
+
+
+def _resolve_controls(request: Request, gateway: Gateway, generation: _Generation) -> None:
+    """Find the controls that the request asks for, and take them out of the body."""
+    payload, model = generation.payload, generation.model
     refuse_own_xargs(payload)
-    choices = here.catalogue.choose(model.name, *_wanted(request, payload.pop(FIELD, None), said))
-    exchange = exchange_of(request)
-    exchange.controlled_by([choice.control.name for choice in choices])
-    model.require_ready()
-    model.require_place()
-    for choice in choices:
-        exchange.held.enter_context(choice.control.in_use())
-    if said is not None:
-        payload["model"] = model.name
+    asked = _wanted(request, payload.pop(FIELD, None), generation.alias)
+    generation.controls = gateway.registry.resolve(model.name, *asked)
+    request_log_of(request).controlled_by([choice.control.name for choice in generation.controls])
 
-    def examined() -> Chat | None:
-        path = request.scope["path"]
-        refuse_uncontrolled(path, payload, choices)
-        return here.preparer.chat(model, choices, path, payload)
 
-    chat = await here.bodies.run(len(body), examined)
+def _admit(request: Request, generation: _Generation) -> None:
+    """Reject a request that could not run now, and keep its controls loaded until it is over."""
+    generation.model.require_ready()
+    generation.model.require_room()
+    for choice in generation.controls:
+        request_log_of(request).resources.enter_context(choice.control.in_use())
 
-    async def prepared() -> bytes:
-        if choices:
-            own = await here.preparer.xargs(model, choices, chat)
+
+async def _validate(request: Request, gateway: Gateway, generation: _Generation) -> None:
+    """Extract the conversation. Reject one that is too long, and fields that a control does not cover."""
+    path, payload = request.scope["path"], generation.payload
+    if generation.alias is not None:
+        payload["model"] = generation.model.name
+
+    def validate() -> Chat | None:
+        refuse_uncontrolled(path, payload, generation.controls)
+        return gateway.preparer.chat(generation.model, generation.controls, path, payload)
+
+    generation.chat = await gateway.bodies.run(generation.size, validate)
+
+
+async def _send(request: Request, gateway: Gateway, generation: _Generation) -> Response:
+    """Wait in the model's queue, tokenize the controls' prompts, and relay the replica's response."""
+    payload, model, controls = generation.payload, generation.model, generation.controls
+
+    async def prepare() -> bytes:
+        if controls:
+            own = await gateway.preparer.xargs(model, controls, generation.chat)
             payload[XARGS] = {**_xargs(payload), **own}
         return payload.encode()
 
-    header = (CONTROL_HEADER.encode(), applied(choices).encode())
-    return await relay_in_turn(request, model, prepared, [header])
+    header = (CONTROL_HEADER.encode(), format_controls(controls).encode())
+    return await relay_in_turn(request, model, prepare, [header])
 
 
-def _wanted(request: Request, field: Any, alias: str | None) -> tuple[Wanted | None, str]:
+def _wanted(request: Request, field: Any, alias: str | None) -> tuple[ControlRequest | None, str]:
     """What a request says of control, and where: its body before its header before the model's name."""
     if field is not None:
         return from_body(field), FIELD
@@ -189,25 +234,25 @@ def _wanted(request: Request, field: Any, alias: str | None) -> tuple[Wanted | N
     return (None if alias is None else from_text(alias, "model")), "model"
 
 
-async def _card(here: Gateway, name: str) -> dict[str, Any] | None:
-    """What a model's worker says of it; None where none answers."""
-    body = await here.workers[name].probe(MODELS)
+async def _card(gateway: Gateway, name: str) -> dict[str, Any] | None:
+    """What a model's replica says of it; None where none answers."""
+    body = await gateway.models[name].probe(MODELS)
     if body is None:
         return None
     return next((card for card in json.loads(body)["data"] if card["id"] == name), None)
 
 
-def _alias_card(card: dict[str, Any], said: str, choices: Choices = ()) -> dict[str, Any]:
+def _alias_card(card: dict[str, Any], said: str, choices: ResolvedControls = ()) -> dict[str, Any]:
     """A model under a control, as `/v1/models` lists adapters."""
-    alias = f"{card['id']}{ALIAS}{applied(choices) if choices else said}"
+    alias = f"{card['id']}{ALIAS}{format_controls(choices) if choices else said}"
     return {**card, "id": alias, "parent": card["id"], "owned_by": "trimtab"}
 
 
-async def _mappings(workers: Workers) -> dict[tuple[str, str], Any]:
-    """By model and control, what a worker says of the table between them."""
-    bodies = await asyncio.gather(*(model.probe(CONTROLS) for model in workers.values()))
+async def _mappings(models: ModelPool) -> dict[tuple[str, str], Any]:
+    """By model and control, what a replica says of the table between them."""
+    bodies = await asyncio.gather(*(model.probe(CONTROLS) for model in models.values()))
     found = {}
-    for name, body in zip(workers, bodies, strict=True):
+    for name, body in zip(models, bodies, strict=True):
         for control in json.loads(body)["data"] if body else ():
             found[name, control["id"]] = control.get("mapping")
     return found

@@ -19,7 +19,7 @@ class Usage(NamedTuple):
     completion: int | None = None
 
 
-class Tail:
+class UsageScanner:
     """The last bytes of a body that passes through, at least `TAIL_BYTES` of them where there are so many."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from trimtab_mappings import MappingTable, TableError, Vocabulary, VocabularyErr
 from trimtab_mappings.strategies import DEFAULT as STRATEGY
 from trimtab_processors.pack import PackError, load_pack
 from trimtab_server.config.schema import ModelSettings, Settings
-from trimtab_server.config.sections import Replica, Tls
+from trimtab_server.config.sections import ReplicaSettings, Tls
 from trimtab_server.config.tls import check_files
 from trimtab_server.config.types import SettingsError
 from trimtab_server.engines.vllm.flags import CONTROL_PROCESSOR
@@ -171,7 +171,7 @@ def _hardware(place: str, model: ModelSettings) -> Iterator[Finding]:
         yield from _cores(f"{place}.plugin.control_cpus", ",".join(map(str, model.plugin.control_cpus)))
 
 
-def _devices(place: str, replica: Replica) -> Iterator[Finding]:
+def _devices(place: str, replica: ReplicaSettings) -> Iterator[Finding]:
     if not replica.devices:
         return
     named = ", ".join(map(str, replica.devices))

@@ -16,7 +16,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED, ControlName
 from trimtab_processors.settings import DEFAULT_TABLES, PluginSettings
-from trimtab_server.config.sections import Cors, Limits, Replica, Restarts, Section, Timeouts, Tls
+from trimtab_server.config.sections import Cors, Limits, ReplicaSettings, Restarts, Section, Timeouts, Tls
 from trimtab_server.config.sources import Override, describe, overlay, parse_yaml, read_environment
 from trimtab_server.config.types import (
     ADMIN_KEYS_VARIABLE,
@@ -44,12 +44,12 @@ class ModelSettings(Section):
 
     model: Location | None = None
     """A directory, or a hub id; none where all its replicas are elsewhere."""
-    replicas: Annotated[tuple[Replica, ...], Field(min_length=1)] = (Replica(),)
-    """Its workers, which share its load."""
+    replicas: Annotated[tuple[ReplicaSettings, ...], Field(min_length=1)] = (ReplicaSettings(),)
+    """Its replicas, which share its load."""
     args: dict[FlagName, FlagValue] = Field(default_factory=dict)
     """Flags for vLLM, by their own names."""
     env: Variables = Field(default_factory=dict)
-    """Environment variables of the worker, beside those of the gateway."""
+    """Environment variables of the replica, beside those of the gateway."""
     runner: Runner = "v1"
     """vLLM's model runner: v1 aligns a control's text exactly, on the host; v2 (GPUs only) keeps asynchronous
     scheduling and speculative decoding, with alignment by segments."""
@@ -120,7 +120,7 @@ class Settings(Section):
     tables: LocalPath = Field(default=DEFAULT_TABLES, validate_default=True)
     """Where mapping tables are kept."""
     logs: LocalPath = Field(default=Path("~/.cache/trimtab/logs"), validate_default=True)
-    """Where the workers' output goes."""
+    """Where the replicas' output goes."""
 
     @model_validator(mode="after")
     def _controls_exist(self) -> Self:
@@ -138,7 +138,7 @@ class Settings(Section):
         return self
 
     def can_steer(self, model: str) -> bool:
-        """Whether the workers of `model` have the plugin: it offers controls, or may be given some."""
+        """Whether the replicas of `model` have the plugin: it offers controls, or may be given some."""
         settings = self.models[model]
         may_be_given = bool(self.control_roots) and settings.controls is None
         return CONTROL_PROCESSOR in settings.processors and (may_be_given or bool(self.controls_of(model)))

@@ -28,37 +28,37 @@ class Timeouts(Section):
     """How long the gateway waits, in seconds."""
 
     startup: Seconds = 1800
-    """For a worker to answer after its start."""
+    """For a replica to answer after its start."""
     connect: Seconds = 10
-    """For a worker to take a connection."""
+    """For a replica to take a connection."""
     body: Seconds = 300
     """For the whole body of a request; 408 beyond."""
     idle: Seconds = 3600
-    """For the next piece of a worker's answer."""
+    """For the next piece of a replica's answer."""
     probe: Seconds = 5
-    """For a worker's health, models and metrics."""
+    """For a replica's health, models and metrics."""
     drain: Seconds = 30
     """For requests in flight when the gateway shuts down."""
     stop: Seconds = 20
-    """For a worker's processes to end by themselves before they are killed."""
+    """For a replica's processes to end by themselves before they are killed."""
     keep_alive: Annotated[int, Field(gt=0)] = 75
     """For the next request on an idle client connection, in whole seconds. It must be longer than the idle
     timeout of a load balancer in front, so that no request meets a connection that is being closed."""
     unresponsive: SecondsOrOff = 300
-    """For a sign of life of a worker started here, before it is started again; off: for ever."""
+    """For a sign of life of a replica started here, before it is started again; off: for ever."""
 
 
 class Restarts(Section):
-    """What happens when a worker ends by itself; delays in seconds."""
+    """What happens when a replica ends by itself; delays in seconds."""
 
     attempts: Annotated[int, Field(ge=0)] = 5
-    """Restarts in a row before the worker is given up."""
+    """Restarts in a row before the replica is given up."""
     backoff: Seconds = 1
     """The delay before the first restart; it doubles with each."""
     longest: Seconds = 60
     """The longest delay."""
     stable: Seconds = 60
-    """A worker that answered for this long starts the count anew."""
+    """A replica that answered for this long starts the count anew."""
 
     def delay(self, failures: int) -> float:
         """The seconds to wait after so many failures in a row, one at least."""
@@ -138,8 +138,8 @@ class Tls(Section):
         return self
 
 
-class Replica(Section):
-    """One worker of a model: a vLLM server that is started here, or one elsewhere."""
+class ReplicaSettings(Section):
+    """One replica of a model: a vLLM server that is started here, or one elsewhere."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
@@ -150,9 +150,9 @@ class Replica(Section):
     admin_key_variable: str | None = None
     """The environment variable with the server's admin key, where controls are to be loaded into it."""
     devices: tuple[Annotated[int, Field(ge=0)] | str, ...] | None = None
-    """GPUs of a worker started here (CUDA_VISIBLE_DEVICES)."""
+    """GPUs of a replica started here (CUDA_VISIBLE_DEVICES)."""
     cpus: Text | None = None
-    """Cores of a worker started here, on CPUs, such as 0-3 (VLLM_CPU_OMP_THREADS_BIND)."""
+    """Cores of a replica started here, on CPUs, such as 0-3 (VLLM_CPU_OMP_THREADS_BIND)."""
     args: dict[FlagName, FlagValue] = Field(default_factory=dict)
     """Flags for vLLM beside the model's, and before them."""
     env: Variables = Field(default_factory=dict)
@@ -168,9 +168,9 @@ class Replica(Section):
     def _here_or_elsewhere(self) -> Self:
         started = sorted(self.model_fields_set & {"devices", "cpus", "args", "env"})
         if self.url is not None and started:
-            raise ValueError(f"{', '.join(started)}: only for a worker that is started here, not at a url")
+            raise ValueError(f"{', '.join(started)}: only for a replica that is started here, not at a url")
         if self.url is None and self.key_variable is not None:
-            raise ValueError("key_variable: only for a worker at a url")
+            raise ValueError("key_variable: only for a replica at a url")
         if self.url is None and self.admin_key_variable is not None:
-            raise ValueError("admin_key_variable: only for a worker at a url")
+            raise ValueError("admin_key_variable: only for a replica at a url")
         return self

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from trimtab_server.controls.prompts import has_conversation
-from trimtab_server.controls.registry import Choices
+from trimtab_server.controls.registry import ResolvedControls
 from trimtab_server.engines.vllm.endpoints import CHAT, COMPLETIONS, GENERATING, MESSAGES, RESPONSES
 from trimtab_server.errors import BadRequestError
 
@@ -64,7 +64,7 @@ class Covered:
     endpoints: tuple[str, ...] = GENERATING
 
 
-def refuse_uncontrolled(path: str, body: Body, choices: Choices) -> None:
+def refuse_uncontrolled(path: str, body: Body, choices: ResolvedControls) -> None:
     """Refuse a request under a control that vLLM would answer with numbers of the uncontrolled model.
 
     Raises:
@@ -72,7 +72,7 @@ def refuse_uncontrolled(path: str, body: Body, choices: Choices) -> None:
     """
     if not choices:
         return
-    own_prompt = has_conversation(path, body) and any(choice.control.prompter for choice in choices)
+    own_prompt = has_conversation(path, body) and any(choice.control.renderer for choice in choices)
     for refusal in REFUSALS:
         if path in refusal.endpoints and (own_prompt or not refusal.own_prompt) and refusal.applies(body):
             raise BadRequestError(refusal.message(body), param=refusal.field)

@@ -1,4 +1,4 @@
-"""Controls that come and go while the gateway runs: in its catalogue, and in the workers that serve them."""
+"""Controls that come and go while the gateway runs: in its registry, and in the replicas that serve them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 from trimtab_mappings import VocabularyError
 from trimtab_processors.pack import PackError, pack_below
 from trimtab_server.config.schema import Settings
-from trimtab_server.controls.registry import Catalogue, Control, load_control
+from trimtab_server.controls.registry import Control, ControlRegistry, load_control
 from trimtab_server.engines.client import Upstream
-from trimtab_server.engines.pool import Workers
-from trimtab_server.engines.replica import State, Worker
+from trimtab_server.engines.pool import ModelPool
+from trimtab_server.engines.replica import Replica, State
 from trimtab_server.engines.vllm.endpoints import CONTROLS, LOAD, UNLOAD
 from trimtab_server.errors import (
     ApiError,
@@ -25,8 +25,8 @@ from trimtab_server.errors import (
     ConflictError,
     ControlNotFoundError,
     ForbiddenError,
-    WorkerFailedError,
-    WorkerUnavailableError,
+    ReplicaFailedError,
+    ReplicaUnavailableError,
 )
 
 logger = logging.getLogger(__name__)
@@ -35,19 +35,19 @@ logger = logging.getLogger(__name__)
 class Loader:
     """Loads and unloads controls, one at a time."""
 
-    def __init__(self, settings: Settings, catalogue: Catalogue, workers: Workers) -> None:
+    def __init__(self, settings: Settings, registry: ControlRegistry, replicas: ModelPool) -> None:
         self._settings = settings
-        self._catalogue = catalogue
-        self._workers = workers
+        self._registry = registry
+        self._replicas = replicas
         self._changing = asyncio.Lock()
         self._arriving: Control | None = None
         self._leaving: set[str] = set()
         """Controls that are no more offered, but still in use."""
         self._left_behind: defaultdict[Upstream, set[str]] = defaultdict(set)
-        """What a worker may still have, though it should not."""
+        """What a replica may still have, though it should not."""
 
     async def load(self, name: str, path: str, models: Sequence[str] | None) -> Control:
-        """Load the pack at `path` as `name` into every worker of `models`, and offer it then.
+        """Load the pack at `path` as `name` into every replica of `models`, and offer it then.
 
         Args:
             name: what requests call it.
@@ -57,8 +57,8 @@ class Loader:
         Raises:
             ForbiddenError: the configuration has no `control_roots`.
             ConflictError: there is a control of this name, or there are as many as may be.
-            BadRequestError: the pack or the models can't be used; no worker has the control.
-            WorkerUnavailableError: no worker is ready, so that nobody would have tried it.
+            BadRequestError: the pack or the models can't be used; no replica has the control.
+            ReplicaUnavailableError: no replica is ready, so that nobody would have tried it.
         """
         if not self._settings.control_roots:
             raise ForbiddenError("Controls can't be loaded: the configuration has no control_roots")
@@ -67,35 +67,35 @@ class Loader:
             offering = self._offering(models)
             control = await asyncio.to_thread(self._read, name, path, offering)
             if not self._ready(control):
-                raise WorkerUnavailableError("No worker is ready to try the control now", param="models")
+                raise ReplicaUnavailableError("No replica is ready to try the control now", param="models")
             self._arriving = control
             try:
                 await self._load_everywhere(control)
-                self._catalogue.add(control)
+                self._registry.add(control)
             finally:
                 self._arriving = None
         logger.info("control %s: loaded from %r for %s", name, control.loaded_from, ", ".join(offering))
         return control
 
     async def unload(self, name: str) -> None:
-        """Offer a loaded control no more, wait for the requests that have it, and take it from the workers.
+        """Offer a loaded control no more, wait for the requests that have it, and take it from the replicas.
 
         Raises:
             ControlNotFoundError: there is none of this name.
             ConflictError: the configuration has it.
         """
         async with self._changing:
-            control = self._catalogue.get(name)
+            control = self._registry.get(name)
             if control is None:
                 raise ControlNotFoundError(f"There is no control {name[:80]!r}", param="control_name")
             if control.loaded_from is None:
                 raise ConflictError(f"The control {name!r} stands in the configuration", param="control_name")
-            self._catalogue.remove(name)
+            self._registry.remove(name)
             self._leaving.add(name)
         try:
             await control.wait_until_unused()
             async with self._changing:
-                await self._take_from(self._workers_of(control), control.name)
+                await self._take_from(self._replicas_of(control), control.name)
         finally:
             self._leaving.discard(name)
         logger.info("control %s: unloaded", name)
@@ -115,18 +115,18 @@ class Loader:
                 brought.add(control)
                 try:
                     await self._bring(upstream, control, fresh=False)
-                except (BadRequestError, WorkerFailedError) as error:
-                    logger.warning("control %s: a worker goes on without it: %s", control.name, error)
+                except (BadRequestError, ReplicaFailedError) as error:
+                    logger.warning("control %s: a replica goes on without it: %s", control.name, error)
 
     async def _missing(self, upstream: Upstream, brought: Container[Control]) -> list[Control]:
-        """What a clean worker lacks; nothing happens between the last look and its answer."""
+        """What a clean replica lacks; nothing happens between the last look and its answer."""
         await self._clean(upstream)
         arriving = self._arriving
         here = [arriving] if arriving and upstream.model in arriving.models else []
-        return [each for each in (*self._catalogue.loaded(upstream.model), *here) if each not in brought]
+        return [each for each in (*self._registry.loaded(upstream.model), *here) if each not in brought]
 
     async def _bring(self, upstream: Upstream, control: Control, *, fresh: bool) -> None:
-        """Load a control into a worker that first lets go of what it should not have any more."""
+        """Load a control into a replica that first lets go of what it should not have any more."""
         await self._clean(upstream)
         await _load_into(upstream, control, fresh=fresh)
         self._left_behind[upstream].discard(control.name)
@@ -137,9 +137,9 @@ class Loader:
             self._left_behind[upstream].discard(name)
 
     def _require_room(self, name: str) -> None:
-        if name in self._catalogue or name in self._leaving:
+        if name in self._registry or name in self._leaving:
             raise ConflictError(f"There is a control {name!r} already; unload it first", param="control_name")
-        if len(self._catalogue) + len(self._leaving) >= self._settings.limits.controls:
+        if len(self._registry) + len(self._leaving) >= self._settings.limits.controls:
             raise ConflictError(
                 f"There are {self._settings.limits.controls} controls, as many as may be; unload one first"
             )
@@ -165,49 +165,49 @@ class Loader:
 
     async def _load_everywhere(self, control: Control) -> None:
         ready = self._ready(control)
-        loading = (self._bring(worker.upstream, control, fresh=True) for worker in ready)
+        loading = (self._bring(replica.upstream, control, fresh=True) for replica in ready)
         faults = dict(zip(ready, await asyncio.gather(*loading, return_exceptions=True), strict=True))
         if fault := next((fault for fault in faults.values() if fault is not None), None):
             may_have_it = [
-                worker
-                for worker in self._workers_of(control)
-                if not isinstance(faults.get(worker), ConflictError)  # that one has somebody else's
+                replica
+                for replica in self._replicas_of(control)
+                if not isinstance(faults.get(replica), ConflictError)  # that one has somebody else's
             ]
             await self._take_from(may_have_it, control.name)
             raise fault
-        for worker in ready:
+        for replica in ready:
             with contextlib.suppress(ApiError):  # what it takes at most is a bound, not a need
-                await worker.learn_prompt_bytes()
+                await replica.learn_prompt_bytes()
 
-    async def _take_from(self, workers: Sequence[Worker], name: str) -> None:
-        """Unload a control from the workers that are ready; from the others when they come back."""
-        for worker in workers:
-            self._left_behind[worker.upstream].add(name)
-        unloading = (self._clean(worker.upstream) for worker in workers if worker.state is State.READY)
+    async def _take_from(self, replicas: Sequence[Replica], name: str) -> None:
+        """Unload a control from the replicas that are ready; from the others when they come back."""
+        for replica in replicas:
+            self._left_behind[replica.upstream].add(name)
+        unloading = (self._clean(replica.upstream) for replica in replicas if replica.state is State.READY)
         for fault in await asyncio.gather(*unloading, return_exceptions=True):
             if fault is not None:
-                logger.warning("control %s: a worker may still have it: %s", name, fault)
+                logger.warning("control %s: a replica may still have it: %s", name, fault)
 
-    def _workers_of(self, control: Control) -> list[Worker]:
-        models = [self._workers[name] for name in control.models]
-        return [worker for model in models for worker in model.workers]
+    def _replicas_of(self, control: Control) -> list[Replica]:
+        models = [self._replicas[name] for name in control.models]
+        return [replica for model in models for replica in model.replicas]
 
-    def _ready(self, control: Control) -> list[Worker]:
+    def _ready(self, control: Control) -> list[Replica]:
         """Those that can be told; the others are when they come."""
-        return [worker for worker in self._workers_of(control) if worker.state is State.READY]
+        return [replica for replica in self._replicas_of(control) if replica.state is State.READY]
 
 
 async def _load_into(upstream: Upstream, control: Control, *, fresh: bool) -> None:
     """Load `control`; one of the same place that is there already does, unless it is to be `fresh`.
 
     Raises:
-        ConflictError: the worker has another of this name, which is not ours to unload.
+        ConflictError: the replica has another of this name, which is not ours to unload.
     """
     there = await _controls_of(upstream)
     if control.name in there:
         if there[control.name] != control.loaded_from:
             raise ConflictError(
-                f"{upstream.model}: a worker has another control {control.name!r}", param="control_name"
+                f"{upstream.model}: a replica has another control {control.name!r}", param="control_name"
             )
         if not fresh:
             return
@@ -218,25 +218,25 @@ async def _load_into(upstream: Upstream, control: Control, *, fresh: bool) -> No
         message = _message(answer)
         if status == HTTPStatus.BAD_REQUEST:
             raise BadRequestError(f"{upstream.model}: {message}", param="control_path")
-        raise WorkerFailedError(f"{upstream.model}: loading {control.name!r}: status {status}: {message}")
+        raise ReplicaFailedError(f"{upstream.model}: loading {control.name!r}: status {status}: {message}")
 
 
 async def _unload_from(upstream: Upstream, name: str) -> None:
     body = {"control_name": name}
     status, answer = await upstream.post_json(UNLOAD, body, upstream.admin_headers)
     if status not in (HTTPStatus.OK, HTTPStatus.NOT_FOUND):
-        raise WorkerFailedError(f"{upstream.model}: unloading: status {status}: {_message(answer)}")
+        raise ReplicaFailedError(f"{upstream.model}: unloading: status {status}: {_message(answer)}")
 
 
 async def _controls_of(upstream: Upstream) -> dict[str, str]:
-    """The controls that a worker has, and where their packs are."""
+    """The controls that a replica has, and where their packs are."""
     status, content = await upstream.get(CONTROLS)
     try:
         if status == HTTPStatus.OK:
             return {entry["id"]: entry.get("root") for entry in json.loads(content)["data"]}
     except (ValueError, KeyError, TypeError):
         pass
-    raise WorkerFailedError(
+    raise ReplicaFailedError(
         f"{upstream.model}: {CONTROLS} answers with status {status} and no list of controls"
     )
 

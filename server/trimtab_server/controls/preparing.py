@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from trimtab_processors.parameters import to_xargs
 from trimtab_server.config.sections import Limits
 from trimtab_server.controls.lanes import Lane
-from trimtab_server.controls.prompts import Chat, Prompter, chat_of
-from trimtab_server.controls.registry import Choices
-from trimtab_server.engines.pool import Model
+from trimtab_server.controls.prompts import Chat, PromptRenderer, extract_messages
+from trimtab_server.controls.registry import ResolvedControls
+from trimtab_server.engines.pool import ServedModel
 from trimtab_server.errors import PromptTooLongError
 from trimtab_server.protocol import SMALL_BODY_BYTES
 
@@ -31,7 +31,9 @@ class Preparer:
         self._short = Lane("short-prompts", 2)
         self._long = Lane("long-prompts", 1)
 
-    def chat(self, model: Model, choices: Choices, path: str, body: Mapping[str, Any]) -> Chat | None:
+    def chat(
+        self, model: ServedModel, choices: ResolvedControls, path: str, body: Mapping[str, Any]
+    ) -> Chat | None:
         """Return the conversation of a request, if its length does not rule it out: nothing is tokenized yet.
 
         Args:
@@ -47,14 +49,14 @@ class Preparer:
             BadRequestError: the messages are malformed.
             PromptTooLongError: the conversation is longer than the limits or the model's context allow.
         """
-        if not any(choice.control.prompter for choice in choices):
+        if not any(choice.control.renderer for choice in choices):
             return None
-        chat = chat_of(path, body)
+        chat = extract_messages(path, body)
         if chat is not None:
             self._require_short(model, chat)
         return chat
 
-    async def xargs(self, model: Model, choices: Choices, chat: Chat | None) -> dict[str, Any]:
+    async def xargs(self, model: ServedModel, choices: ResolvedControls, chat: Chat | None) -> dict[str, Any]:
         """Return what the plugin is told of a request's controls.
 
         Args:
@@ -69,12 +71,12 @@ class Preparer:
         parameters = []
         for choice in choices:
             prompt = None
-            if chat is not None and choice.control.prompter is not None:
-                prompt = await self._run(model, chat.size, self._encoding(choice.control.prompter, chat))
+            if chat is not None and choice.control.renderer is not None:
+                prompt = await self._run(model, chat.size, self._encoding(choice.control.renderer, chat))
             parameters.append(choice.parameters(prompt))
         return to_xargs(parameters)
 
-    def _require_short(self, model: Model, chat: Chat) -> None:
+    def _require_short(self, model: ServedModel, chat: Chat) -> None:
         limit = self._limits.control_prompt_bytes
         if (size := chat.size) > limit:
             raise PromptTooLongError(
@@ -89,10 +91,10 @@ class Preparer:
                 param=chat.param,
             )
 
-    def _encoding(self, prompter: Prompter, chat: Chat) -> Callable[[], list[int]]:
-        return lambda: prompter.encode(prompter.render(chat), self._limits.control_prompt_tokens, chat.param)
+    def _encoding(self, renderer: PromptRenderer, chat: Chat) -> Callable[[], list[int]]:
+        return lambda: renderer.encode(renderer.render(chat), self._limits.control_prompt_tokens, chat.param)
 
-    async def _run(self, model: Model, size: int, work: Callable[[], Result]) -> Result:
+    async def _run(self, model: ServedModel, size: int, work: Callable[[], Result]) -> Result:
         if size <= SMALL_BODY_BYTES:
             return await self._short.run(model.name, work)
         return await self._long.run(model.name, lambda: _with_memory_returned(work))

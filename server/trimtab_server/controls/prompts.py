@@ -47,7 +47,7 @@ def has_conversation(path: str, body: Mapping[str, Any]) -> bool:
     return path in (endpoints.CHAT, endpoints.MESSAGES)
 
 
-def chat_of(path: str, body: Mapping[str, Any]) -> Chat | None:
+def extract_messages(path: str, body: Mapping[str, Any]) -> Chat | None:
     """Return the conversation of a request.
 
     Args:
@@ -82,7 +82,7 @@ def chat_of(path: str, body: Mapping[str, Any]) -> Chat | None:
     return None
 
 
-class Prompter:
+class PromptRenderer:
     """Renders and tokenizes chats for one control; safe to call from several threads."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
@@ -148,8 +148,8 @@ class Prompter:
         return ids
 
 
-def load_prompter(pack: Pack) -> Prompter | None:
-    """The prompter of a pack, with its first component's tokenizer; None where there is no chat template.
+def load_renderer(pack: Pack) -> PromptRenderer | None:
+    """The renderer of a pack, with its first component's tokenizer; None where there is no chat template.
 
     Raises:
         trimtab_mappings.vocabulary.VocabularyError: there is no tokenizer to load.
@@ -157,7 +157,7 @@ def load_prompter(pack: Pack) -> Prompter | None:
     tokenizer = load_tokenizer(pack.components[0].model)
     if pack.chat_template is None and tokenizer.chat_template is None:
         return None
-    return Prompter(tokenizer, pack.chat_template)
+    return PromptRenderer(tokenizer, pack.chat_template)
 
 
 def _rejected(error: Exception, param: str) -> BadRequestError:

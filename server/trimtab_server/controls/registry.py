@@ -13,8 +13,8 @@ from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED, Pack, PackError, Re
 from trimtab_processors.parameters import PREFIX, Parameters
 from trimtab_server.config.schema import Settings
 from trimtab_server.config.types import SettingsError
-from trimtab_server.controls.prompts import Prompter, load_prompter
-from trimtab_server.controls.request import FIELD, OFF, Selection, Wanted
+from trimtab_server.controls.prompts import PromptRenderer, load_renderer
+from trimtab_server.controls.request import FIELD, OFF, ControlRequest, Selection
 from trimtab_server.errors import BadRequestError
 
 XARGS = "vllm_xargs"
@@ -26,7 +26,7 @@ class Control:
 
     name: str
     pack: Pack
-    prompter: Prompter | None
+    renderer: PromptRenderer | None
     """None: it has no chat template; the plugin then uses the text of the target's prompt."""
     loaded_from: str | None = None
     """Where its pack is, if it came while the gateway ran; None: the configuration has it."""
@@ -55,7 +55,7 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ResolvedControl:
     """A control at a strength, as one request gets it."""
 
     control: Control
@@ -63,7 +63,7 @@ class Choice:
     top_k: int | None = None
     """Only so many of the target's likeliest tokens are shifted; None: all of them."""
     routing: RequestRouting | None = None
-    """How the shift reaches the target's tokens; None: as the worker is set up."""
+    """How the shift reaches the target's tokens; None: as the replica is set up."""
 
     def __str__(self) -> str:
         options = {"top_k": self.top_k, "routing": self.routing}
@@ -81,16 +81,16 @@ class Choice:
         )
 
 
-Choices = Sequence[Choice]
+ResolvedControls = Sequence[ResolvedControl]
 """The controls of a request, whose shifts are summed."""
 
 
-def applied(choices: Choices) -> str:
+def format_controls(choices: ResolvedControls) -> str:
     """What an answer says of what was applied."""
     return ",".join(map(str, choices)) or OFF
 
 
-class Catalogue:
+class ControlRegistry:
     """All controls, and the models that offer them; they may come and go."""
 
     def __init__(self, settings: Settings, controls: Mapping[str, Control]) -> None:
@@ -128,7 +128,7 @@ class Catalogue:
     def get(self, name: str) -> Control | None:
         return self._controls.get(name)
 
-    def choose(self, model: str, wanted: Wanted | None, param: str = FIELD) -> Choices:
+    def resolve(self, model: str, wanted: ControlRequest | None, param: str = FIELD) -> ResolvedControls:
         """The controls that a request to `model` gets.
 
         Args:
@@ -150,7 +150,7 @@ class Catalogue:
             raise BadRequestError(f"control {twice[0][:80]!r} stands twice", param=param)
         return [self._choice(model, selection, param) for selection in selections]
 
-    def offered(self, model: str) -> list[str]:
+    def names_for(self, model: str) -> list[str]:
         """The names of the controls that `model` offers."""
         return [name for name, control in self._controls.items() if model in control.models]
 
@@ -170,14 +170,14 @@ class Catalogue:
             for name, control in self._controls.items()
         ]
 
-    def _select(self, model: str, wanted: Wanted | None, param: str) -> Sequence[Selection]:
+    def _select(self, model: str, wanted: ControlRequest | None, param: str) -> Sequence[Selection]:
         if wanted is None:
             return self._default(model)
         if isinstance(wanted, bool):
             return (self._default(model) or self._only(model, param)) if wanted else ()
         return wanted
 
-    def _choice(self, model: str, selection: Selection, param: str) -> Choice:
+    def _choice(self, model: str, selection: Selection, param: str) -> ResolvedControl:
         control = self._controls.get(selection.name)
         if control is None or model not in control.models:
             raise BadRequestError(
@@ -188,14 +188,14 @@ class Catalogue:
         if selection.routing not in (None, PM_MINED) and self._runners[model] == "v2":
             raise BadRequestError(f"routing {selection.routing!r}: {ONLY_PM_MINED}", param=param)
         strength = control.pack.strength if selection.strength is None else selection.strength
-        return Choice(control, strength, selection.top_k, selection.routing)
+        return ResolvedControl(control, strength, selection.top_k, selection.routing)
 
     def _default(self, model: str) -> Sequence[Selection]:
         default = self._defaults[model]
         return () if default is None else (Selection(name=default),)
 
     def _only(self, model: str, param: str) -> Sequence[Selection]:
-        offered = self.offered(model)
+        offered = self.names_for(model)
         if len(offered) != 1:
             raise BadRequestError(
                 f"control is on, but {model!r} has no default control; name one of: {self._listed(model)}",
@@ -204,7 +204,7 @@ class Catalogue:
         return (Selection(name=offered[0]),)
 
     def _listed(self, model: str) -> str:
-        return ", ".join(sorted(self.offered(model))) or "none"
+        return ", ".join(sorted(self.names_for(model))) or "none"
 
 
 def load_controls(settings: Settings) -> dict[str, Control]:
@@ -230,7 +230,7 @@ def load_control(name: str, place: str, models: Sequence[str]) -> Control:
         PackError, VocabularyError: it or its tokenizer can't be read.
     """
     pack = load_pack(place)
-    return Control(name, pack, load_prompter(pack), loaded_from=place, models=tuple(models))
+    return Control(name, pack, load_renderer(pack), loaded_from=place, models=tuple(models))
 
 
 def refuse_own_xargs(body: Mapping[str, Any]) -> None:
@@ -261,6 +261,6 @@ def _require_its_routing(control: Control, settings: Settings) -> None:
 def _configured(name: str, place: str, models: tuple[str, ...]) -> Control:
     try:
         pack = load_pack(place)
-        return Control(name, pack, load_prompter(pack), models=models)
+        return Control(name, pack, load_renderer(pack), models=models)
     except (PackError, VocabularyError) as error:
         raise SettingsError(f"controls.{name}: {error}") from error

@@ -50,11 +50,11 @@ class Selection(BaseModel):
     """How the shift reaches the target's tokens; None: as the model or the pack says."""
 
 
-Wanted = bool | Sequence[Selection]
+ControlRequest = bool | Sequence[Selection]
 """False: off. True: the model's default, or its only one. Else these, summed."""
 
 
-def from_body(value: Any) -> Wanted:
+def from_body(value: Any) -> ControlRequest:
     """What `control` in a body says.
 
     Raises:
@@ -69,7 +69,7 @@ def from_body(value: Any) -> Wanted:
     return [_selection(value, FIELD)]
 
 
-def from_text(text: str, param: str) -> Wanted:
+def from_text(text: str, param: str) -> ControlRequest:
     """What a header or an alias says; `param` is which.
 
     Raises:

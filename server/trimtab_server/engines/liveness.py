@@ -1,6 +1,6 @@
-"""Tells a worker that hangs from one that is busy.
+"""Tells a replica that hangs from one that is busy.
 
-A worker gives a sign of life when its front end answers and its engine either answers too or is busy: one of
+A replica gives a sign of life when its front end answers and its engine either answers too or is busy: one of
 its threads runs, or waits for a core. A long prefill, a compilation and a long queue are busy. A process that
 is stopped, or waits for something that never comes, is not.
 """
@@ -19,17 +19,17 @@ from trimtab_server.engines.vllm.endpoints import HEALTH
 from trimtab_server.errors import ApiError
 
 _LOOK_SECONDS = 3
-"""Between two looks at a worker."""
+"""Between two looks at a replica."""
 _BUSY_SHARE = 0.25
 """A thread that runs or waits for a core for this share of its time is busy. docs/LOG.md has measurements."""
 _SILENT_LOOKS = 3
 """Fewer looks in a row without a sign of life say nothing: the gateway itself may have been held up."""
 _DOUBT_SECONDS = 30
-"""A worker that gives no sign of life for this long gets no more requests."""
+"""A replica that gives no sign of life for this long gets no more requests."""
 
 
 class Liveness:
-    """What is known of a worker's life, look by look."""
+    """What is known of a replica's life, look by look."""
 
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
@@ -44,7 +44,7 @@ class Liveness:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether the worker should get no more requests."""
+        """Whether the replica should get no more requests."""
         return self.silent_for(_DOUBT_SECONDS)
 
     async def wait_until_hung(self, limit: float | None, on_doubt: Callable[[str], None]) -> None:
@@ -52,7 +52,7 @@ class Liveness:
 
         Args:
             limit: seconds.
-            on_doubt: called with the reason at each look that leaves the worker in doubt.
+            on_doubt: called with the reason at each look that leaves the replica in doubt.
         """
         while limit is None or not self.silent_for(limit):
             await asyncio.sleep(min(_LOOK_SECONDS, limit or _LOOK_SECONDS))
@@ -80,7 +80,7 @@ class Liveness:
 
 
 def _engine_lives(status: int, body: bytes) -> bool:
-    """Return False only if the worker says that its engine neither answers nor is busy."""
+    """Return False only if the replica says that its engine neither answers nor is busy."""
     try:
         health = json.loads(body) if status == HTTPStatus.OK else {}
         return bool(health["answers"]) or float(health["busy"]) >= _BUSY_SHARE

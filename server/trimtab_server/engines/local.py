@@ -1,4 +1,4 @@
-"""A worker here: a vLLM server that the gateway starts, watches, and starts again when it ends or hangs."""
+"""A replica here: a vLLM server that the gateway starts, watches, and starts again when it ends or hangs."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from pathlib import Path
 
 from trimtab_server.config.schema import Settings
 from trimtab_server.config.types import ADMIN_KEYS_VARIABLE
-from trimtab_server.engines.client import SocketAddress, Upstream
+from trimtab_server.engines.client import UnixSocketAddress, Upstream
 from trimtab_server.engines.liveness import Liveness
-from trimtab_server.engines.process import Output, WorkerProcess
-from trimtab_server.engines.replica import Cause, OnReady, State, UnreadyError, Worker, WorkerId
-from trimtab_server.engines.vllm.command import worker_command, worker_environment
+from trimtab_server.engines.process import Output, ReplicaProcess
+from trimtab_server.engines.replica import Cause, OnReady, Replica, ReplicaId, State, UnreadyError
+from trimtab_server.engines.vllm.command import replica_command, replica_environment
 from trimtab_server.engines.vllm.endpoints import HEALTH
 from trimtab_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
-"""Between two questions whether a worker that starts answers yet."""
+"""Between two questions whether a replica that starts answers yet."""
 _PROGRESS_SECONDS = 10
 
 
 @dataclass(frozen=True)
 class _End:
-    """The end of one run of a worker."""
+    """The end of one run of a replica."""
 
     cause: Cause
     reason: str
-    """What comes after "its worker"."""
+    """What comes after "its replica"."""
     ready_seconds: float = 0
     """Seconds for which it answered."""
 
 
-class LocalWorker(Worker):
-    """A worker that is started here, and again when it ends."""
+class LocalReplica(Replica):
+    """A replica that is started here, and again when it ends."""
 
     def __init__(
         self,
-        identity: WorkerId,
+        identity: ReplicaId,
         settings: Settings,
         directory: Path,
         output: Output,
@@ -53,7 +53,9 @@ class LocalWorker(Worker):
     ) -> None:
         self._socket = directory / "http"
         self._admin_key = secrets.token_urlsafe()
-        upstream = Upstream(identity.model, SocketAddress(self._socket, self._admin_key), settings.timeouts)
+        upstream = Upstream(
+            identity.model, UnixSocketAddress(self._socket, self._admin_key), settings.timeouts
+        )
         super().__init__(identity, upstream, metrics=metrics, on_ready=on_ready)
         self._settings = settings
         self._directory = directory
@@ -82,14 +84,14 @@ class LocalWorker(Worker):
             self.state = State.RESTARTING
             delay = rules.delay(failures)
             logger.error(
-                "%s: its worker %s; restart %d of %d in %.0f s; %s",
+                "%s: its replica %s; restart %d of %d in %.0f s; %s",
                 *(self.id, end.reason, failures, rules.attempts, delay, self._output.tail()),
             )
             await asyncio.sleep(delay)
             self.restarts += 1
             self._restarted[end.cause].inc()
         self.state = State.FAILED
-        logger.error("%s: given up, its worker %s; %s", self.id, end.reason, self._output.tail())
+        logger.error("%s: given up, its replica %s; %s", self.id, end.reason, self._output.tail())
 
     async def _run_once(self) -> _End:
         """Run its processes until they end, or hang and are ended."""
@@ -99,9 +101,9 @@ class LocalWorker(Worker):
         (self._directory / "metrics").mkdir()
         model = self._settings.models[self.id.model]
         what = (self._settings, self.id.model, model.replicas[self.id.index])
-        process = await WorkerProcess.spawn(
-            worker_command(*what, self._socket),
-            worker_environment(*what, self._directory) | {ADMIN_KEYS_VARIABLE: self._admin_key},
+        process = await ReplicaProcess.spawn(
+            replica_command(*what, self._socket),
+            replica_environment(*what, self._directory) | {ADMIN_KEYS_VARIABLE: self._admin_key},
             self._output,
             self._settings.timeouts.stop,
         )
@@ -110,7 +112,7 @@ class LocalWorker(Worker):
         finally:
             await process.end()
 
-    async def _watch(self, process: WorkerProcess) -> _End:
+    async def _watch(self, process: ReplicaProcess) -> _End:
         limit = self._settings.timeouts.startup
         try:
             async with asyncio.timeout(limit):
@@ -125,13 +127,13 @@ class LocalWorker(Worker):
             return _End(Cause.STARTUP, f"ended with status {await process.wait()} before it was ready")
         return await self._serve_until_end(process)
 
-    async def _serve_until_end(self, process: WorkerProcess) -> _End:
+    async def _serve_until_end(self, process: ReplicaProcess) -> _End:
         since = time.monotonic()
         self._liveness = Liveness(self.upstream)
         limit = self._settings.timeouts.unresponsive
-        hanging = asyncio.create_task(self._liveness.wait_until_hung(limit, self._doubt))
+        hanging = asyncio.create_task(self._liveness.wait_until_hung(limit, self._mark_unresponsive))
         ending = asyncio.create_task(process.wait())
-        tasks = [hanging, ending, asyncio.create_task(self._follow())]
+        tasks = [hanging, ending, asyncio.create_task(self._health_check_loop())]
         try:
             await asyncio.wait({hanging, ending}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -144,10 +146,10 @@ class LocalWorker(Worker):
         return await self._break_off(since)
 
     async def _break_off(self, since: float) -> _End:
-        """Let the requests of a worker that hangs end with an error. Its processes still run."""
+        """Let the requests of a replica that hangs end with an error. Its processes still run."""
         limit, fault = self._settings.timeouts.unresponsive, self._liveness.fault
         reason = f"hung: no sign of life for {limit:g} s (timeouts.unresponsive): {fault}"
-        self._lose(State.UNRESPONSIVE, reason)
+        self._mark_not_ready(State.UNRESPONSIVE, reason)
         await self.upstream.break_off(f"hung and is started again: {fault}")
         return _End(Cause.UNRESPONSIVE, reason, self._liveness.last_sign - since)
 
@@ -156,7 +158,7 @@ class LocalWorker(Worker):
         if self._liveness.in_doubt:
             raise UnreadyError(State.UNRESPONSIVE, self._liveness.fault)
 
-    async def _wait_until_healthy(self, process: WorkerProcess) -> bool:
+    async def _wait_until_healthy(self, process: ReplicaProcess) -> bool:
         """Returns False where its processes end first."""
         started = reported = time.monotonic()
         logger.info(

@@ -1,4 +1,4 @@
-"""The models that are served: the workers of each, and which of them gets a request."""
+"""The models that are served: the replicas of each, and which of them gets a request."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from urllib.parse import quote
 from trimtab_server.config.schema import Settings
 from trimtab_server.config.types import SettingsError
 from trimtab_server.engines.admission import AdmissionQueue
-from trimtab_server.engines.client import Answer, RemoteAddress, Upstream
-from trimtab_server.engines.local import LocalWorker
-from trimtab_server.engines.messages import Call
+from trimtab_server.engines.client import Upstream, UrlAddress
+from trimtab_server.engines.local import LocalReplica
+from trimtab_server.engines.messages import UpstreamRequest, UpstreamResponse
 from trimtab_server.engines.process import Output
-from trimtab_server.engines.remote import RemoteWorker
-from trimtab_server.engines.replica import OnReady, State, Worker, WorkerId
-from trimtab_server.errors import WorkerUnavailableError
+from trimtab_server.engines.remote import RemoteReplica
+from trimtab_server.engines.replica import OnReady, Replica, ReplicaId, State
+from trimtab_server.errors import ReplicaUnavailableError
 from trimtab_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -33,35 +33,35 @@ _MAX_DIRECTORY_BYTES = 60
 """A unix socket's address has 107 bytes; vLLM's own sockets add a slash, an index and 36 more."""
 
 
-class Model:
-    """One model: the workers that share its load, and the line before them."""
+class ServedModel:
+    """One model: the replicas that share its load, and the line before them."""
 
-    def __init__(self, name: str, workers: Sequence[Worker], admission: AdmissionQueue) -> None:
+    def __init__(self, name: str, replicas: Sequence[Replica], admission: AdmissionQueue) -> None:
         self.name = name
-        self.workers = tuple(workers)
+        self.replicas = tuple(replicas)
         self._admission = admission
         self._last = -1
 
     @property
     def state(self) -> State:
-        """The best of its workers'."""
-        return _best(worker.state for worker in self.workers)
+        """The best of its replicas'."""
+        return _best(replica.state for replica in self.replicas)
 
     @property
     def prompt_bytes(self) -> int | None:
-        """Upper bound on the bytes of a prompt that a worker takes; None while none has said so."""
-        bounds = [worker.prompt_bytes for worker in self.workers if worker.prompt_bytes is not None]
+        """Upper bound on the bytes of a prompt that a replica takes; None while none has said so."""
+        bounds = [replica.prompt_bytes for replica in self.replicas if replica.prompt_bytes is not None]
         return max(bounds, default=None)
 
     def require_ready(self) -> None:
         """Make sure that a request has a place to go to.
 
         Raises:
-            WorkerUnavailableError: no worker answers, not yet or no more.
+            ReplicaUnavailableError: no replica answers, not yet or no more.
         """
         self._ready(())
 
-    def require_place(self) -> None:
+    def require_room(self) -> None:
         """Make sure that a limited request may at least wait.
 
         Raises:
@@ -69,98 +69,105 @@ class Model:
         """
         self._admission.require_room()
 
-    async def take_turn(self, held: contextlib.ExitStack) -> None:
-        """Wait until this request is one of those of which there may be `limits.concurrent` at once.
-
-        Args:
-            held: gives the turn to the next request when it is closed.
+    async def take_turn(self, resources: contextlib.ExitStack) -> None:
+        """Wait until fewer than `limits.concurrent` requests run; `resources` ends the turn.
 
         Raises:
             RateLimitError: as many as may wait do.
         """
         await self._admission.acquire()
-        held.callback(self._admission.release)
+        resources.callback(self._admission.release)
 
-    async def send(self, call: Call, request_id: str) -> Answer:
-        """Send a request to the worker with the fewest; one that could not be connected goes to the next.
+    async def send(
+        self, call: UpstreamRequest, request_id: str, resources: contextlib.ExitStack
+    ) -> UpstreamResponse:
+        """Send a request to the replica with the fewest in flight; if it can't be connected, to the next.
+
+        Args:
+            call: the request.
+            request_id: its id.
+            resources: closes the response.
+
 
         Raises:
-            WorkerUnavailableError: no worker takes it; nothing has been sent.
-            WorkerFailedError, WorkerTimeoutError: the worker that has it gives no answer.
+            ReplicaUnavailableError: no replica takes it; nothing has been sent.
+            ReplicaFailedError, ReplicaTimeoutError: the replica that has it gives no answer.
         """
-        refused: set[Worker] = set()
+        refused: set[Replica] = set()
         while True:
-            worker = self._pick(refused)
+            replica = self._pick(refused)
             try:
-                return await worker.send(call, request_id)
-            except WorkerUnavailableError:
-                refused.add(worker)
+                return await replica.send(call, request_id, resources)
+            except ReplicaUnavailableError:
+                refused.add(replica)
 
     async def probe(self, path: str) -> bytes | None:
-        """What a worker answers to a GET; None where none is up, or not in time."""
+        """What a replica answers to a GET; None where none is up, or not in time."""
         try:
-            worker = self._pick()
-        except WorkerUnavailableError:
+            replica = self._pick()
+        except ReplicaUnavailableError:
             return None
-        return await worker.upstream.probe(path)
+        return await replica.upstream.probe(path)
 
     async def probe_all(self, path: str) -> list[bytes | None]:
-        """What each worker answers to a GET; None where it is not up, or not in time."""
-        return await asyncio.gather(*(_probe(worker, path) for worker in self.workers))
+        """What each replica answers to a GET; None where it is not up, or not in time."""
+        return await asyncio.gather(*(_probe(replica, path) for replica in self.replicas))
 
     async def describe(self) -> dict[str, Any]:
-        """What `/ready` says of it, with its workers' health asked for."""
-        replicas = await asyncio.gather(*(worker.describe() for worker in self.workers))
+        """What `/ready` says of it, with its replicas' health asked for."""
+        replicas = await asyncio.gather(*(replica.describe() for replica in self.replicas))
         return {
             "state": _best(replica["state"] for replica in replicas),
             "restarts": sum(replica["restarts"] for replica in replicas),
             "replicas": replicas,
         }
 
-    def _pick(self, refused: Collection[Worker] = ()) -> Worker:
-        """The ready worker with the fewest requests; of equals the next in turn."""
+    def _pick(self, refused: Collection[Replica] = ()) -> Replica:
+        """The ready replica with the fewest requests; of equals the next in turn."""
         after = self._last + 1
-        count = len(self.workers)
+        count = len(self.replicas)
         chosen = min(
-            self._ready(refused), key=lambda worker: (worker.outstanding, (worker.id.index - after) % count)
+            self._ready(refused), key=lambda replica: (replica.in_flight, (replica.id.index - after) % count)
         )
         self._last = chosen.id.index
         return chosen
 
-    def _ready(self, refused: Collection[Worker]) -> list[Worker]:
-        ready = [worker for worker in self.workers if worker.state is State.READY and worker not in refused]
+    def _ready(self, refused: Collection[Replica]) -> list[Replica]:
+        ready = [
+            replica for replica in self.replicas if replica.state is State.READY and replica not in refused
+        ]
         if not ready:
-            raise WorkerUnavailableError(
+            raise ReplicaUnavailableError(
                 f"The model {self.name!r} is not ready: {self._states()}.", param="model"
             )
         return ready
 
     def _states(self) -> str:
-        if len(self.workers) == 1:
+        if len(self.replicas) == 1:
             return f"it is {self.state}"
-        return ", ".join(f"replica {worker.id.replica} is {worker.state}" for worker in self.workers)
+        return ", ".join(f"replica {replica.id.replica} is {replica.state}" for replica in self.replicas)
 
 
-class Workers(Mapping[str, Model]):
-    """All models by their names; as a context manager it runs their workers and leaves nothing of them."""
+class ModelPool(Mapping[str, ServedModel]):
+    """All models by their names; as a context manager it runs their replicas and leaves nothing of them."""
 
     def __init__(self, settings: Settings, metrics: Metrics, *, echo: bool = False) -> None:
-        """Raises `SettingsError`: a worker elsewhere has no key where its `key_variable` says."""
+        """Raises `SettingsError`: a replica elsewhere has no key where its `key_variable` says."""
         self._settings = settings
         self._metrics = metrics
         self._echo = echo
         self._keys = _read_keys(settings)
-        self._models: dict[str, Model] = {}
+        self._models: dict[str, ServedModel] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._directory: Path | None = None
         self._numbers = itertools.count()
-        """What the workers' directories are called: the path of a socket has to be short."""
+        """What the replicas' directories are called: the path of a socket has to be short."""
         self.on_all_failed: Callable[[], None] = _nothing
-        """Called when the last worker has been given up."""
+        """Called when the last replica has been given up."""
         self.on_ready: OnReady = _no_preparation
-        """Awaited before a worker gets requests; to be set before the workers run."""
+        """Awaited before a replica gets requests; to be set before the replicas run."""
 
-    def __getitem__(self, name: str) -> Model:
+    def __getitem__(self, name: str) -> ServedModel:
         return self._models[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -170,9 +177,9 @@ class Workers(Mapping[str, Model]):
         return len(self._models)
 
     @property
-    def all(self) -> Iterator[Worker]:
-        """Every worker of every model."""
-        return (worker for model in self._models.values() for worker in model.workers)
+    def all(self) -> Iterator[Replica]:
+        """Every replica of every model."""
+        return (replica for model in self._models.values() for replica in model.replicas)
 
     async def __aenter__(self) -> Self:
         self._directory = _private_directory()
@@ -181,7 +188,7 @@ class Workers(Mapping[str, Model]):
         except BaseException:
             shutil.rmtree(self._directory)
             raise
-        self._tasks = [asyncio.create_task(self._run(worker)) for worker in self.all]
+        self._tasks = [asyncio.create_task(self._run(replica)) for replica in self.all]
         return self
 
     async def __aexit__(
@@ -193,45 +200,45 @@ class Workers(Mapping[str, Model]):
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    async def _run(self, worker: Worker) -> None:
+    async def _run(self, replica: Replica) -> None:
         try:
-            await worker.run()
+            await replica.run()
         except Exception:
             # Its directory or its program is not to be had; another try would find them no better.
-            worker.state = State.FAILED
-            logger.exception("%s: its worker can't be started", worker.id)
+            replica.state = State.FAILED
+            logger.exception("%s: its replica can't be started", replica.id)
         if all(other.state is State.FAILED for other in self.all):
             self.on_all_failed()
 
-    def _model(self, name: str, directory: Path) -> Model:
+    def _model(self, name: str, directory: Path) -> ServedModel:
         limits = self._settings.limits
         admission = AdmissionQueue(name, limits.concurrent, limits.queued)
         self._metrics.queued.labels(name).set_function(lambda: admission.queued)
         count = len(self._settings.models[name].replicas)
-        ids = [WorkerId(name, index, several=count > 1) for index in range(count)]
-        return Model(name, [self._worker(identity, directory) for identity in ids], admission)
+        ids = [ReplicaId(name, index, several=count > 1) for index in range(count)]
+        return ServedModel(name, [self._replica(identity, directory) for identity in ids], admission)
 
-    def _worker(self, identity: WorkerId, directory: Path) -> Worker:
+    def _replica(self, identity: ReplicaId, directory: Path) -> Replica:
         replica = self._settings.models[identity.model].replicas[identity.index]
         if replica.url is not None:
             keys = (self._keys.get(name or "") for name in (replica.key_variable, replica.admin_key_variable))
-            address = RemoteAddress(replica.url, *keys)
-            return RemoteWorker(
+            address = UrlAddress(replica.url, *keys)
+            return RemoteReplica(
                 identity, self._settings, address, metrics=self._metrics, on_ready=self.on_ready
             )
         own = directory / str(next(self._numbers))
         output = self._output(identity)
-        return LocalWorker(
+        return LocalReplica(
             identity, self._settings, own, output, metrics=self._metrics, on_ready=self.on_ready
         )
 
-    def _output(self, identity: WorkerId) -> Output:
+    def _output(self, identity: ReplicaId) -> Output:
         path = self._settings.logs / f"{self._settings.port}-{quote(identity.short, safe='')}.log"
         return Output(identity.short, path, echo=self._echo)
 
 
-async def _probe(worker: Worker, path: str) -> bytes | None:
-    return await worker.upstream.probe(path) if worker.state is State.READY else None
+async def _probe(replica: Replica, path: str) -> bytes | None:
+    return await replica.upstream.probe(path) if replica.state is State.READY else None
 
 
 def _best(states: Iterator[State]) -> State:
@@ -239,7 +246,7 @@ def _best(states: Iterator[State]) -> State:
 
 
 def _read_keys(settings: Settings) -> dict[str, str]:
-    """The keys of the workers elsewhere, by the variables that they are in."""
+    """The keys of the replicas elsewhere, by the variables that they are in."""
     keys = {}
     for name, model in settings.models.items():
         for i, replica in enumerate(model.replicas):

@@ -1,4 +1,4 @@
-"""One run of a worker: its process group, and what it prints."""
+"""One run of a replica: its process group, and what it prints."""
 
 from __future__ import annotations
 
@@ -14,25 +14,17 @@ from collections.abc import Mapping, Sequence
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+from trimtab_server.engines.vllm.errors import EXPLANATIONS
+
 logger = logging.getLogger(__name__)
 
 TAIL_LINES = 50
 MAX_LOG_BYTES = 16 * 2**20
 _KILL_MARGIN_SECONDS = 5
-_MEANINGS = {
-    "Pooling models do not support custom logits processors": (
-        "this is a pooling model, which generates nothing that a control could steer: give it `controls: []`"
-    ),
-    "Custom logits processors are not supported when speculative decoding": (
-        "vLLM's V1 model runner has no speculative decoding beside a control: turn it off, give the model"
-        " `controls: []`, or set `runner: v2` on a GPU"
-    ),
-}
-"""What some of vLLM's errors mean here."""
 
 
 class Output:
-    """What a worker prints: in a file, its last lines at hand, and on request in the gateway's own log."""
+    """What a replica prints: in a file, its last lines at hand, and on request in the gateway's own log."""
 
     def __init__(self, name: str, path: Path, *, echo: bool) -> None:
         self.path = path
@@ -70,7 +62,7 @@ class Output:
 
     def _take(self, line: str) -> None:
         self._tail.append(line)
-        for said, meaning in _MEANINGS.items():
+        for said, meaning in EXPLANATIONS.items():
             if said in line:
                 self._meaning = f"{meaning}; "
         self._write(line)
@@ -81,8 +73,8 @@ class Output:
         self._file.emit(logging.makeLogRecord({"msg": line}))
 
 
-class WorkerProcess:
-    """A worker's processes, all in one group; `end` leaves none of them."""
+class ReplicaProcess:
+    """A replica's processes, all in one group; `end` leaves none of them."""
 
     def __init__(self, process: asyncio.subprocess.Process, lifeline: int, grace: float) -> None:
         self._process = process
@@ -93,7 +85,7 @@ class WorkerProcess:
     @classmethod
     async def spawn(
         cls, command: Sequence[str], environment: Mapping[str, str], output: Output, grace: float
-    ) -> WorkerProcess:
+    ) -> ReplicaProcess:
         """Start `command`; `grace` is the seconds its processes have to end in after SIGTERM."""
         output.begin(command)
         lifeline_end, lifeline = os.pipe()

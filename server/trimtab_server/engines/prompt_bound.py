@@ -1,4 +1,4 @@
-"""How long a prompt can be that a worker takes, from what it says of itself."""
+"""How long a prompt can be that a replica takes, from what it says of itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trimtab_server.engines.vllm.endpoints import CONTROLS, MODELS
 async def prompt_bytes(upstream: Upstream) -> int | None:
     """Return an upper bound on the bytes of a prompt: the model's context times its longest token.
 
-    None if the worker does not say both: it has no control yet, or another version of the plugin.
+    None if the replica does not say both: it has no control yet, or another version of the plugin.
     """
     models, controls = [await _listed(upstream, path) for path in (MODELS, CONTROLS)]
     contexts = _numbers(models, "max_model_len")

@@ -1,6 +1,6 @@
 """Runs a command, and sees to it that no process of it outlives it or the one who started it.
 
-The gateway starts each worker through this module, in a session of its own, and holds the other end of the
+The gateway starts each replica through this module, in a session of its own, and holds the other end of the
 pipe on its standard input. When the command ends, or the pipe closes (the gateway let go of it, or was killed
 by whatever signal), every process of the group gets SIGTERM, and SIGKILL after a grace. This process is a
 subreaper: it inherits orphans, and so knows when the last one has gone. Linux only.

@@ -1,4 +1,4 @@
-"""A worker elsewhere: a vLLM server that the gateway neither starts nor ends."""
+"""A replica elsewhere: a vLLM server that the gateway neither starts nor ends."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from http import HTTPStatus
 from typing import Any
 
 from trimtab_server.config.schema import Settings
-from trimtab_server.engines.client import RemoteAddress, Upstream
-from trimtab_server.engines.replica import OnReady, State, UnreadyError, Worker, WorkerId
+from trimtab_server.engines.client import Upstream, UrlAddress
+from trimtab_server.engines.replica import OnReady, Replica, ReplicaId, State, UnreadyError
 from trimtab_server.engines.vllm.endpoints import CONTROLS, MODELS
 from trimtab_server.metrics import Metrics
 
@@ -18,14 +18,14 @@ _INSTANCES = 64
 """Servers behind one address that are told apart."""
 
 
-class RemoteWorker(Worker):
-    """A worker elsewhere, which somebody else starts and ends."""
+class RemoteReplica(Replica):
+    """A replica elsewhere, which somebody else starts and ends."""
 
     def __init__(
         self,
-        identity: WorkerId,
+        identity: ReplicaId,
         settings: Settings,
-        address: RemoteAddress,
+        address: UrlAddress,
         *,
         metrics: Metrics,
         on_ready: OnReady,
@@ -42,7 +42,7 @@ class RemoteWorker(Worker):
         await self.upstream.open()
         self.state = State.STARTING
         try:
-            await self._follow()
+            await self._health_check_loop()
         finally:
             self.state = State.STOPPED
             await self.upstream.close()
@@ -51,7 +51,9 @@ class RemoteWorker(Worker):
         await super()._check()
         models = _ids(MODELS, await self._object(MODELS))
         if self.id.model not in models:
-            raise UnreadyError(State.UNFIT, f"it has no model {self.id.model!r}; it has {_listed(models)}")
+            raise UnreadyError(
+                State.MISCONFIGURED, f"it has no model {self.id.model!r}; it has {_listed(models)}"
+            )
         if self._may_be_given:
             await self._check_controls()
 
@@ -62,7 +64,7 @@ class RemoteWorker(Worker):
         controls = _ids(CONTROLS, answer)
         if missing := [name for name in self._controls if name not in controls]:
             raise UnreadyError(
-                State.UNFIT,
+                State.MISCONFIGURED,
                 f"it lacks controls that are offered: {_listed(missing)}; it has {_listed(controls)}",
             )
         self._note_instance(answer.get("instance"))
@@ -73,7 +75,7 @@ class RemoteWorker(Worker):
             return
         self._instances.append(instance)
         if self.state is State.READY:
-            self._lose(State.STARTING, "it has been started anew")
+            self._mark_not_ready(State.STARTING, "it has been started anew")
 
     async def _object(self, path: str, *, optional: bool = False) -> Any:
         """Return the JSON that it answers to a GET; None where it is `optional` and not there.
@@ -85,7 +87,9 @@ class RemoteWorker(Worker):
         if optional and status == HTTPStatus.NOT_FOUND:
             return None
         if status != HTTPStatus.OK:
-            raise UnreadyError(State.UNFIT, f"{path} answers with status {status}{_MEANINGS.get(status, '')}")
+            raise UnreadyError(
+                State.MISCONFIGURED, f"{path} answers with status {status}{_MEANINGS.get(status, '')}"
+            )
         try:
             return json.loads(body)
         except ValueError as error:
@@ -105,7 +109,7 @@ def _ids(path: str, answer: Any) -> list[str]:
 
 
 def _no_list(path: str) -> UnreadyError:
-    return UnreadyError(State.UNFIT, f"{path} answers with no list of objects with an id")
+    return UnreadyError(State.MISCONFIGURED, f"{path} answers with no list of objects with an id")
 
 
 _MEANINGS: Mapping[int, str] = {

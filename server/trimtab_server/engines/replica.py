@@ -1,4 +1,4 @@
-"""What the gateway knows of each worker: a vLLM server, started here (`local`) or elsewhere (`remote`)."""
+"""What the gateway knows of each replica: a vLLM server, started here (`local`) or elsewhere (`remote`)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from enum import StrEnum
 from http import HTTPStatus
 from typing import Any
 
-from trimtab_server.engines.client import Answer, Upstream
-from trimtab_server.engines.messages import Call
+from trimtab_server.engines.client import Upstream
+from trimtab_server.engines.messages import UpstreamRequest, UpstreamResponse
 from trimtab_server.engines.prompt_bound import prompt_bytes
 from trimtab_server.engines.vllm.endpoints import HEALTH
-from trimtab_server.errors import ApiError, WorkerUnavailableError
+from trimtab_server.errors import ApiError, ReplicaUnavailableError
 from trimtab_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -26,29 +26,29 @@ _RETRY_SECONDS = 1
 _PROBE_SECONDS = 3
 """Between two questions whether one that did still does."""
 _FAILED_PROBES = 3
-"""So many in a row, and a worker gets no more requests; one that refuses a connection gets none at once."""
+"""So many in a row, and a replica gets no more requests; one that refuses a connection gets none at once."""
 
 OnReady = Callable[[Upstream], Awaitable[None]]
 """What is to be done at a server that answers before requests may reach it: whenever it has started, or has
-not answered for a while. It may find it done, and an `ApiError` that it raises keeps the worker unready."""
+not answered for a while. It may find it done, and an `ApiError` that it raises keeps the replica unready."""
 
 
 class State(StrEnum):
-    """From the best to the worst; a model is in the best state of its workers'."""
+    """From the best to the worst; a model is in the best state of its replicas'."""
 
     READY = "ready"
     STARTING = "starting"
     RESTARTING = "restarting"
     UNRESPONSIVE = "unresponsive"
     """It does not answer, though it should."""
-    UNFIT = "unfit"
+    MISCONFIGURED = "unfit"
     """It answers, but can't serve what the configuration says."""
     FAILED = "failed"
     STOPPED = "stopped"
 
 
 class Cause(StrEnum):
-    """Why a worker is started again, as metrics have it."""
+    """Why a replica is started again, as metrics have it."""
 
     ENDED = "ended"
     """It ended by itself."""
@@ -59,7 +59,7 @@ class Cause(StrEnum):
 
 
 class UnreadyError(Exception):
-    """A worker can't take requests."""
+    """A replica can't take requests."""
 
     def __init__(self, state: State, reason: str) -> None:
         super().__init__(reason)
@@ -67,8 +67,8 @@ class UnreadyError(Exception):
 
 
 @dataclass(frozen=True)
-class WorkerId:
-    """Which of whose workers one is."""
+class ReplicaId:
+    """Which of whose replicas one is."""
 
     model: str
     index: int
@@ -88,11 +88,11 @@ class WorkerId:
         return f"model {self.model}, replica {self.index}" if self.several else f"model {self.model}"
 
 
-class Worker(ABC):
+class Replica(ABC):
     """One server of a model's. Only one that is `READY` is sent requests."""
 
     def __init__(
-        self, identity: WorkerId, upstream: Upstream, *, metrics: Metrics, on_ready: OnReady
+        self, identity: ReplicaId, upstream: Upstream, *, metrics: Metrics, on_ready: OnReady
     ) -> None:
         self.id = identity
         self.upstream = upstream
@@ -100,7 +100,7 @@ class Worker(ABC):
         self.reason = ""
         """Why it is not ready, where there is more to say than the state."""
         self.restarts = 0
-        self.outstanding = 0
+        self.in_flight = 0
         """Requests that it has and has not ended."""
         self.prompt_bytes: int | None = None
         """Upper bound on the bytes of a prompt that it takes; None: unknown."""
@@ -108,24 +108,26 @@ class Worker(ABC):
         self._doubted = asyncio.Event()
         labels = (identity.model, identity.replica)
         self._restarted = {cause: metrics.restarts.labels(*labels, cause) for cause in Cause}
-        metrics.outstanding.labels(*labels).set_function(lambda: self.outstanding)
+        metrics.replica_in_flight.labels(*labels).set_function(lambda: self.in_flight)
 
-    async def send(self, call: Call, request_id: str) -> Answer:
-        """Send it a request, which is outstanding until the answer is closed.
+    async def send(
+        self, call: UpstreamRequest, request_id: str, resources: contextlib.ExitStack
+    ) -> UpstreamResponse:
+        """Send it a request, which is in flight until `resources` are closed.
 
         Raises:
-            WorkerUnavailableError: it takes no connection, and gets no more requests until it answers again.
-            WorkerFailedError, WorkerTimeoutError: as of `Upstream.send`.
+            ReplicaUnavailableError: it takes no connection, and gets no more requests until it answers again.
+            ReplicaFailedError, ReplicaTimeoutError: as of `Upstream.send`.
         """
-        with contextlib.ExitStack() as held:
-            self.outstanding += 1
-            held.callback(self._ended)
+        with contextlib.ExitStack() as attempt:
+            self.in_flight += 1
+            attempt.callback(self._ended)
             try:
-                answer = await self.upstream.send(call, request_id)
-            except WorkerUnavailableError as error:
-                self._doubt(str(error))
+                answer = await self.upstream.send(call, request_id, attempt)
+            except ReplicaUnavailableError as error:
+                self._mark_unresponsive(str(error))
                 raise
-            answer.held.push(held.pop_all())
+            resources.push(attempt.pop_all())
             return answer
 
     async def learn_prompt_bytes(self) -> None:
@@ -184,13 +186,13 @@ class Worker(ABC):
             await self._on_ready(self.upstream)
             await self.learn_prompt_bytes()
         except ApiError as error:
-            raise UnreadyError(State.UNFIT, str(error)) from error
+            raise UnreadyError(State.MISCONFIGURED, str(error)) from error
         except Exception as error:
             logger.exception("%s: a fault in what is done before it is ready", self.id)
-            raise UnreadyError(State.UNFIT, "preparing it failed; the log has the details") from error
+            raise UnreadyError(State.MISCONFIGURED, "preparing it failed; the log has the details") from error
         self.state, self.reason = State.READY, ""
 
-    async def _follow(self) -> None:
+    async def _health_check_loop(self) -> None:
         """Hold `state` to what it answers, again and again."""
         failures = 0
         while True:
@@ -203,21 +205,21 @@ class Worker(ABC):
             except UnreadyError as error:
                 failures += 1
                 if self.state is not State.READY or failures >= _FAILED_PROBES:
-                    self._lose(error.state, str(error))
+                    self._mark_not_ready(error.state, str(error))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_PROBE_SECONDS if self.state is State.READY else _RETRY_SECONDS):
                     await self._doubted.wait()
             self._doubted.clear()
 
-    def _doubt(self, reason: str) -> None:
+    def _mark_unresponsive(self, reason: str) -> None:
         if self.state is State.READY:
-            self._lose(State.UNRESPONSIVE, reason)
+            self._mark_not_ready(State.UNRESPONSIVE, reason)
             self._doubted.set()
 
-    def _lose(self, state: State, reason: str) -> None:
+    def _mark_not_ready(self, state: State, reason: str) -> None:
         if (state, reason) != (self.state, self.reason):
             logger.warning("%s: %s: %s", self.id, state, reason)
         self.state, self.reason = state, reason
 
     def _ended(self) -> None:
-        self.outstanding -= 1
+        self.in_flight -= 1

@@ -48,7 +48,7 @@ def test_the_sdk_raises_the_errors_own_class(keyed, body, raised, kind):
 
 
 def test_a_worker_that_is_not_ready_is_overloaded(keyed):
-    keyed.worker("m").state = State.STARTING
+    keyed.replica("m").state = State.STARTING
     with pytest.raises(anthropic.APIStatusError) as caught:
         create(keyed)
     assert (caught.value.status_code, caught.value.body["error"]["type"]) == (503, "overloaded_error")

@@ -1,4 +1,4 @@
-"""The gateway as a process on a real socket, its workers real processes that fail when they are told to."""
+"""The gateway as a process on a real socket, its replicas real processes that fail when they are told to."""
 
 from __future__ import annotations
 
@@ -137,12 +137,12 @@ def test_a_client_that_goes_away_ends_its_request_at_the_worker_at_once(gateway,
     gateway.wait_for(lambda: "model=plain control=- status=499" in gateway.log, seconds=3)
 
 
-# Workers that die
+# ModelPool that die
 
 
 @contextlib.contextmanager
 def restarted(gateway: Served, model: str):
-    """Within the block the model's worker ends; after it, another has taken its place."""
+    """Within the block the model's replica ends; after it, another has taken its place."""
     before = gateway.model(model)["restarts"]
     yield
     gateway.wait_for(lambda: gateway.model(model)["restarts"] == before + 1)
@@ -153,13 +153,13 @@ def test_a_worker_that_dies_is_started_again_and_the_request_it_had_fails(gatewa
     with restarted(gateway, "plain"):
         with pytest.raises(openai.APIStatusError) as broken:
             ask(gateway.client(), "plain", extra_body={"fake": {"die": "before"}})
-        assert (broken.value.status_code, broken.value.code) == (502, "worker_failed")
+        assert (broken.value.status_code, broken.value.code) == (502, "replica_failed")
         assert ask(gateway.client(), "steered").choices
     assert ask(gateway.client(), "plain").choices
     with urllib.request.urlopen(f"{gateway.url}/metrics") as response:
         restarts = b'trimtab_gateway_worker_restarts_total{cause="ended",model_name="plain",replica="0"} 1.0'
         assert restarts in response.read()
-    assert "its worker ended with status 137" in gateway.log
+    assert "its replica ended with status 137" in gateway.log
 
 
 def test_a_worker_that_dies_within_a_stream_leaves_an_error_that_the_sdk_raises(gateway):
@@ -196,7 +196,7 @@ def test_a_worker_that_is_killed_under_load_fails_what_it_had_and_no_other_model
                 list(broken)
         for thread in waiting:
             thread.join(10)
-        assert failures == [(502, "worker_failed")] * 8
+        assert failures == [(502, "replica_failed")] * 8
         assert ask(gateway.client(), "steered").choices
         assert [len(list(whole)) for whole in streams["steered"]] == [7] * 4
     assert ask(gateway.client(), "plain").choices
@@ -247,7 +247,7 @@ def test_a_worker_that_falls_silent_is_504_or_an_error_event_and_its_request_is_
     gateway = serve(timeouts={"idle": 0.5}).wait_until_ready()
     with pytest.raises(openai.APIStatusError, match=r"0\.5 s \(timeouts\.idle\)") as silent:
         ask(gateway.client(), extra_body={"fake": {"delay": 60}})
-    assert (silent.value.status_code, silent.value.code) == (504, "worker_timeout")
+    assert (silent.value.status_code, silent.value.code) == (504, "replica_timeout")
     stream = ask(gateway.client(), stream=True, extra_body=paused(60))
     next(stream)
     with pytest.raises(openai.APIError, match=r"0\.5 s \(timeouts\.idle\)"):

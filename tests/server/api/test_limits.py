@@ -67,7 +67,7 @@ def line_up(gateway: Served, *users: str, **options) -> list[Asking]:
 
 
 def users(gateway: Served) -> list[str]:
-    """Whose requests the worker has been sent, but for those that fill it."""
+    """Whose requests the replica has been sent, but for those that fill it."""
     return [r["body"]["user"] for r in gateway.seen("m")["requests"] if "user" in r["body"]]
 
 
@@ -143,9 +143,9 @@ def test_when_the_worker_dies_the_line_does_not_wait_for_ever(gateway, full):
     os.kill(gateway.newest("m"), signal.SIGKILL)
     for asking in waiting:
         asking.join(10)
-        # 502 where the worker's socket still took a connection while its process ended.
+        # 502 where the replica's socket still took a connection while its process ended.
         told = (asking.error.status_code, asking.error.code)
-        assert told in ((503, "model_not_ready"), (502, "worker_failed"))
+        assert told in ((503, "model_not_ready"), (502, "replica_failed"))
     gateway.wait_for(lambda: gateway.model("m")["state"] == "ready")
     assert ask(gateway.client(), "m").choices
 

@@ -11,7 +11,7 @@ import pytest
 
 from trimtab_server.api import bodies as body_reader
 from trimtab_server.controls.preparing import Preparer
-from trimtab_server.controls.prompts import Prompter
+from trimtab_server.controls.prompts import PromptRenderer
 
 
 def said(content: str) -> list[dict]:
@@ -32,7 +32,7 @@ def untokenized(monkeypatch):
     def refuse(*_):
         raise AssertionError("tokenized")
 
-    monkeypatch.setattr(Prompter, "encode", refuse)
+    monkeypatch.setattr(PromptRenderer, "encode", refuse)
 
 
 LONG = "a long story " * 100_000
@@ -77,21 +77,21 @@ def test_images_are_no_part_of_what_a_control_reads(two_models):
 def test_a_conversation_longer_than_any_prompt_of_the_model_is_refused_before_it_is_tokenized(
     two_models, untokenized
 ):
-    """The fake worker says that its context has 256 tokens; here, of at most 10 bytes."""
-    two_models.worker("plain").prompt_bytes = 2560
+    """The fake replica says that its context has 256 tokens; here, of at most 10 bytes."""
+    two_models.replica("plain").prompt_bytes = 2560
     response = two_models.chat(model="plain", control="one", messages=said("x" * 2561))
     assert response.status_code == 413
     assert "more than any prompt of 'plain': 2560" in two_models.error(response)["message"]
 
 
 def test_what_the_worker_says_of_its_context_is_learnt_when_it_is_ready(two_models):
-    assert two_models.worker("plain").prompt_bytes == 256 * 9
+    assert two_models.replica("plain").prompt_bytes == 256 * 9
 
 
 def test_a_long_prompt_holds_up_no_short_one_of_another_model(two_models, monkeypatch):
-    two_models.worker("plain").prompt_bytes = None
+    two_models.replica("plain").prompt_bytes = None
     going_on, tokenizing = threading.Event(), threading.Event()
-    encode = Prompter.encode
+    encode = PromptRenderer.encode
 
     def slowly(self, text, limit, param):
         if len(text) > 100_000:
@@ -99,7 +99,7 @@ def test_a_long_prompt_holds_up_no_short_one_of_another_model(two_models, monkey
             assert going_on.wait(30)
         return encode(self, text, limit, param)
 
-    monkeypatch.setattr(Prompter, "encode", slowly)
+    monkeypatch.setattr(PromptRenderer, "encode", slowly)
     answers = []
     long = threading.Thread(
         target=lambda: answers.append(

@@ -1,4 +1,4 @@
-"""Endpoints of a worker that the gateway does not answer itself: who may use them, and for which model."""
+"""Endpoints of a replica that the gateway does not answer itself: who may use them, and for which model."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_the_openai_sdk_transcribes_by_an_alias(start, pack):
 
 
 def test_a_form_in_another_charset_is_refused(start):
-    """The worker would find fields in it whose names the gateway can't read."""
+    """The replica would find fields in it whose names the gateway can't read."""
     gateway = start()
     body = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--x--\r\n'
     for charset, status in (("utf-16-le", 400), ("unicode_escape", 400), ("UTF-8", 202)):

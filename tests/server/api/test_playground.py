@@ -92,7 +92,7 @@ def test_the_page_loads_nothing_and_makes_no_markup_of_text():
 
 @pytest.mark.parametrize("models", [["m"], ["m", "n"]], ids=["one model", "two"])
 def test_where_it_is_switched_off_there_is_nothing(start, models):
-    """Nor does a worker answer in its place."""
+    """Nor does a replica answer in its place."""
     gateway = start(playground=False, models={name: {"model": "."} for name in models})
     response = gateway.client.get("/")
     assert response.status_code == 404
@@ -153,7 +153,7 @@ class Tab:
         return self.page.get_by_role("button", name=name, exact=True)
 
     def order(self, **fake) -> None:
-        """What the fake workers are to do."""
+        """What the fake replicas are to do."""
 
         def add(route: Route) -> None:
             route.continue_(post_data=json.dumps({**route.request.post_data_json, "fake": fake}))
@@ -217,7 +217,7 @@ def open_tab(chromium):
         tab.close()
 
 
-# Before workers that have no model, and do as they are told
+# Before replicas that have no model, and do as they are told
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +308,7 @@ def test_an_error_is_shown_in_the_apis_own_words(open_tab, fake, when, status):
     tab.order(hang_up=when)
     tab.ask(models="m")
     for fault in tab.page.locator(".side .error").all():
-        expect(fault).to_contain_text("worker of 'm'")
+        expect(fault).to_contain_text("replica of 'm'")
     assert tab.refused == status
 
 
@@ -399,7 +399,9 @@ def url(family, targets, tmp_path_factory):
     config = {
         "controls": {"control": str(family.control)},
         "tables": str(directory / "tables"),
-        "timeouts": {"probe": SECONDS},  # what a worker says of its tables may take a while on a busy machine
+        "timeouts": {
+            "probe": SECONDS
+        },  # what a replica says of its tables may take a while on a busy machine
     }
     with gateway(directory, {**config, "models": models}) as url:
         yield url

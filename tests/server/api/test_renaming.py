@@ -185,7 +185,7 @@ def test_a_stream_that_breaks_ends_with_its_error_under_an_alias_too(two_models)
 
 
 def test_an_alias_keeps_the_answer_from_being_compressed(two_models):
-    """What is compressed can't be renamed; everyone else's wish reaches the worker."""
+    """What is compressed can't be renamed; everyone else's wish reaches the replica."""
     asked = {"accept-encoding": "gzip"}
     two_models.client.post("/v1/completions", json={"model": "plain:one", "prompt": ""}, headers=asked)
     two_models.client.post("/v1/completions", json={"model": "plain", "prompt": ""}, headers=asked)

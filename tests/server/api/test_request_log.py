@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from trimtab_server.api.request_log import SHOWN_BODY_BYTES, Exchange
+from trimtab_server.api.request_log import SHOWN_BODY_BYTES, RequestLog
 from trimtab_server.logs import FIELDS
 from trimtab_server.metrics import Metrics
 
@@ -16,28 +16,28 @@ USAGE = b'{"usage": {"prompt_tokens": 3, "completion_tokens": 5}}'
 
 
 @pytest.fixture
-def exchange(caplog):
-    """An exchange, by default of a chat, whose log is kept."""
+def log(caplog):
+    """An log, by default of a chat, whose log is kept."""
     caplog.set_level(logging.INFO, logger="trimtab_server")
 
-    def exchange(path: str = CHAT, **options) -> Exchange:
-        return Exchange(Metrics(), "POST", path, "id-1", **options)
+    def log(path: str = CHAT, **options) -> RequestLog:
+        return RequestLog(Metrics(), "POST", path, "id-1", **options)
 
-    return exchange
+    return log
 
 
-def answer(exchange: Exchange, *pieces: bytes, status: int = 200, **headers: str) -> None:
+def answer(log: RequestLog, *pieces: bytes, status: int = 200, **headers: str) -> None:
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    exchange.sent({"type": "http.response.start", "status": status, "headers": raw})
+    log.sent({"type": "http.response.start", "status": status, "headers": raw})
     for piece in pieces:
-        exchange.sent({"type": "http.response.body", "body": piece, "more_body": True})
-    exchange.finish()
+        log.sent({"type": "http.response.body", "body": piece, "more_body": True})
+    log.finish()
 
 
-def test_the_line_says_what_became_of_a_request(exchange, caplog):
-    exchange = exchange()
-    exchange.routed("m")
-    answer(exchange, USAGE, x_trimtab_control="manners=0.5")
+def test_the_line_says_what_became_of_a_request(log, caplog):
+    log = log()
+    log.routed("m")
+    answer(log, USAGE, x_trimtab_control="manners=0.5")
     (record,) = caplog.records
     fields = getattr(record, FIELDS)
     assert record.getMessage() == (
@@ -48,31 +48,31 @@ def test_the_line_says_what_became_of_a_request(exchange, caplog):
     assert fields["prompt_tokens"] == 3
 
 
-def test_what_is_not_known_is_a_dash_and_null(exchange, caplog):
-    exchange().finish()
+def test_what_is_not_known_is_a_dash_and_null(log, caplog):
+    log().finish()
     (record,) = caplog.records
     assert "model=- control=- status=499 " in record.getMessage()
     assert record.getMessage().endswith(" first_byte=- prompt_tokens=- completion_tokens=-")
     assert getattr(record, FIELDS)["first_byte"] is None
 
 
-def test_a_stream_says_its_tokens_at_its_end(exchange, caplog):
+def test_a_stream_says_its_tokens_at_its_end(log, caplog):
     pieces = [b'data: {"usage": null}\n\n'] * 5000
-    answer(exchange(), *pieces, b"data: " + USAGE + b"\n\n", b"data: [DONE]\n\n")
+    answer(log(), *pieces, b"data: " + USAGE + b"\n\n", b"data: [DONE]\n\n")
     assert caplog.records[0].getMessage().endswith("prompt_tokens=3 completion_tokens=5")
 
 
-def test_nothing_of_a_body_is_in_the_log(exchange, caplog):
-    exchange = exchange()
-    exchange.received(b"secret")
-    answer(exchange, b"secret")
+def test_nothing_of_a_body_is_in_the_log(log, caplog):
+    log = log()
+    log.received(b"secret")
+    answer(log, b"secret")
     assert "secret" not in caplog.text
 
 
-def test_a_body_is_shown_where_it_is_to_be_on_one_line_and_not_whole(exchange, caplog):
-    exchange = exchange(shows_body=True)
+def test_a_body_is_shown_where_it_is_to_be_on_one_line_and_not_whole(log, caplog):
+    log = log(shows_body=True)
     body = b"begins\nid-2 POST /forged" + b"x" * SHOWN_BODY_BYTES + b"ends"
-    exchange.received(body)
+    log.received(body)
     (record,) = caplog.records
     assert record.getMessage().startswith(f'id-1 bytes={len(body)} body="begins\\nid-2 POST /forged')
     assert "\n" not in record.getMessage()
@@ -81,12 +81,12 @@ def test_a_body_is_shown_where_it_is_to_be_on_one_line_and_not_whole(exchange, c
 
 
 @pytest.mark.parametrize("body", [b"\xff\xfe", "ä".encode()[:1]])
-def test_a_body_need_not_be_text(exchange, body):
-    exchange(shows_body=True).received(body)
+def test_a_body_need_not_be_text(log, body):
+    log(shows_body=True).received(body)
 
 
-def test_probes_are_in_no_log_but_a_debuggers(exchange, caplog):
-    answer(exchange("/health"), b"{}")
+def test_probes_are_in_no_log_but_a_debuggers(log, caplog):
+    answer(log("/health"), b"{}")
     assert caplog.records == []
 
 

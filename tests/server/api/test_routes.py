@@ -142,12 +142,12 @@ def test_a_body_at_the_limit_passes(start):
     assert start(limits={"body_bytes": 100}).post(b"{}" + b" " * 98).status_code == 200
 
 
-# Workers in trouble
+# ModelPool in trouble
 
 
 def test_a_worker_that_is_not_up_is_503_with_a_time_to_come_back(start):
     gateway = start()
-    gateway.worker("m").state = State.RESTARTING
+    gateway.replica("m").state = State.RESTARTING
     for response in (gateway.chat(), gateway.client.get("/version")):
         assert response.status_code == 503
         assert int(response.headers["retry-after"]) > 0
@@ -164,7 +164,7 @@ def test_a_worker_that_does_not_listen_is_503(start):
 def test_a_worker_that_hangs_up_before_its_answer_is_502(start):
     gateway = start()
     response = gateway.chat(fake={"hang_up": "before"})
-    assert (response.status_code, gateway.error(response)["code"]) == (502, "worker_failed")
+    assert (response.status_code, gateway.error(response)["code"]) == (502, "replica_failed")
 
 
 def test_a_worker_that_hangs_up_within_a_stream_ends_it_with_an_error_event(start):
@@ -172,7 +172,7 @@ def test_a_worker_that_hangs_up_within_a_stream_ends_it_with_an_error_event(star
     response = gateway.chat(stream=True, fake={"hang_up": "midway"})
     assert response.status_code == 200
     *_, last, end = response.text.split("\n\n")
-    assert last.startswith('event: error\ndata: {"error": {"message": "The worker of \'m\' broke off')
+    assert last.startswith('event: error\ndata: {"error": {"message": "The replica of \'m\' broke off')
     assert end == ""
     assert "[DONE]" not in response.text
     assert 'status="502"' in gateway.client.get("/metrics").text
@@ -181,7 +181,7 @@ def test_a_worker_that_hangs_up_within_a_stream_ends_it_with_an_error_event(star
 def test_a_worker_that_falls_silent_is_504(start):
     gateway = start(timeouts={"idle": 0.1})
     response = gateway.chat(fake={"delay": 5})
-    assert (response.status_code, gateway.error(response)["code"]) == (504, "worker_timeout")
+    assert (response.status_code, gateway.error(response)["code"]) == (504, "replica_timeout")
     assert "0.1 s (timeouts.idle)" in gateway.error(response)["message"]
 
 
@@ -200,7 +200,7 @@ def test_health_is_the_gateways_and_ready_asks_every_worker(start):
 
 def test_ready_is_503_while_a_worker_is_down_or_does_not_answer(start):
     gateway = start(models={**TWO, "c": {"model": "."}})
-    gateway.worker("a").state = State.STARTING
+    gateway.replica("a").state = State.STARTING
     gateway.cut_off("b")
     response = gateway.client.get("/ready")
     assert response.status_code == 503

@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from trimtab_server.api.token_usage import TAIL_BYTES, Tail, Usage
+from trimtab_server.api.token_usage import TAIL_BYTES, Usage, UsageScanner
 
 CHAT = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8, "prompt_tokens_details": {"cached": 1}}
 
 
 def usage_of(*pieces: bytes) -> Usage:
-    tail = Tail()
+    tail = UsageScanner()
     for piece in pieces:
         tail.feed(piece)
     return tail.usage()
@@ -38,7 +38,7 @@ def test_where_pieces_are_cut_does_not_matter():
 
 @pytest.mark.parametrize("pieces", [[b"x" * 10**6], [b"x" * 100] * 10**4])
 def test_of_a_long_answer_only_its_end_is_kept(pieces):
-    tail = Tail()
+    tail = UsageScanner()
     for piece in [*pieces, json.dumps({"usage": CHAT}).encode()]:
         tail.feed(piece)
     assert len(tail._bytes) <= 2 * TAIL_BYTES

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from served import served
-from trimtab_server.engines.messages import Call
+from trimtab_server.engines.messages import UpstreamRequest
 
 MIB = 2**20
 UPLOAD = 30 * MIB
@@ -74,7 +74,7 @@ def test_a_file_can_be_sent_again_after_a_worker_that_took_no_connection():
     with tempfile.TemporaryFile() as file:
         file.write(b"a form")
         file.flush()
-        call = Call("POST", PATH, [], file)
+        call = UpstreamRequest("POST", PATH, [], file)
         for _ in range(2):
             with call.open_body() as body:
                 assert body.read() == b"a form"

@@ -21,7 +21,7 @@ from trimtab_server.config.schema import (
     make_settings,
     settings_schema,
 )
-from trimtab_server.config.sections import Cors, Limits, Replica, Restarts, Timeouts, Tls
+from trimtab_server.config.sections import Cors, Limits, ReplicaSettings, Restarts, Timeouts, Tls
 from trimtab_server.config.types import SettingsError
 
 ONE = {"models": {"m": {"model": "org/name"}}}
@@ -207,7 +207,7 @@ def keys(section: type[BaseModel], above: str = "") -> Iterator[tuple[str, objec
 SECTIONS = {
     "": Settings,
     "models.NAME.": ModelSettings,
-    "models.NAME.replicas[].": Replica,
+    "models.NAME.replicas[].": ReplicaSettings,
     "limits.": Limits,
     "timeouts.": Timeouts,
     "restarts.": Restarts,

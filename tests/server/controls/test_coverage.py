@@ -13,7 +13,7 @@ import pytest
 
 from trimtab_processors.parameters import parse_xargs
 from trimtab_server.controls.coverage import COVERED, REFUSALS, Refusal
-from trimtab_server.controls.prompts import chat_of
+from trimtab_server.controls.prompts import extract_messages
 from trimtab_server.engines.vllm.endpoints import CHAT, COMPLETIONS, GENERATING, MESSAGES, RESPONSES
 from vllm_requests import REQUESTS, ResponsesRequest, should_continue_final_message
 
@@ -200,5 +200,5 @@ SAID = {"type": "output_text", "text": "I am"}
 
 def ends_as_vllms(last: dict) -> None:
     request = ResponsesRequest.model_validate({"model": "m", "input": copy.deepcopy([*HELLO, last])})
-    chat = chat_of(RESPONSES, {"input": [*HELLO, last]})
+    chat = extract_messages(RESPONSES, {"input": [*HELLO, last]})
     assert chat.continue_final_message == should_continue_final_message(request.input)

@@ -53,8 +53,8 @@ def unload(gateway, name="late", headers=ADMIN):
 
 
 def changes(gateway, model, replica=0):
-    """What the worker has been told."""
-    return gateway.workers.seen[model, replica]["changes"]
+    """What the replica has been told."""
+    return gateway.replicas.seen[model, replica]["changes"]
 
 
 def listed(gateway):
@@ -77,9 +77,9 @@ def test_a_loaded_control_is_offered_by_every_model_that_takes_all(gateway):
 
 
 def test_a_worker_says_how_long_a_prompt_it_takes_once_it_has_a_control(gateway):
-    gateway.worker("all").prompt_bytes = None
+    gateway.replica("all").prompt_bytes = None
     load(gateway)
-    assert gateway.worker("all").prompt_bytes == 256 * MAPPING["longest_target_token"]
+    assert gateway.replica("all").prompt_bytes == 256 * MAPPING["longest_target_token"]
 
 
 def test_an_unloaded_control_is_as_if_it_had_never_been(gateway):
@@ -224,25 +224,25 @@ def test_unloading_waits_for_the_requests_that_have_it(gateway):
 
 def test_a_worker_that_comes_back_has_what_was_loaded_before_it_gets_requests(gateway):
     load(gateway)
-    worker = gateway.worker("twin", 1)
-    worker.state = State.UNRESPONSIVE
+    replica = gateway.replica("twin", 1)
+    replica.state = State.UNRESPONSIVE
     load(gateway, "later")
     assert changes(gateway, "twin", 0)[-1] == ["load", "later"]
     assert changes(gateway, "twin", 1) == [["load", "late"]]
-    gateway.client.portal.call(worker._become_ready)
+    gateway.client.portal.call(replica._become_ready)
     assert changes(gateway, "twin", 1) == [["load", "late"], ["load", "later"]]
-    assert worker.state is State.READY
+    assert replica.state is State.READY
 
 
 def test_a_worker_that_comes_back_lets_go_of_what_was_unloaded_without_it(gateway):
     """Else the same name would mean the old pack when it is loaded again."""
     load(gateway)
-    worker = gateway.worker("twin", 1)
-    worker.state = State.UNRESPONSIVE
+    replica = gateway.replica("twin", 1)
+    replica.state = State.UNRESPONSIVE
     assert unload(gateway).status_code == 200
     assert changes(gateway, "twin", 1) == [["load", "late"]]
     assert load(gateway).status_code == 200
-    gateway.client.portal.call(worker._become_ready)
+    gateway.client.portal.call(replica._become_ready)
     assert changes(gateway, "twin", 1) == [["load", "late"], ["unload", "late"], ["load", "late"]]
 
 
@@ -250,45 +250,45 @@ def test_a_worker_that_can_not_have_a_control_any_more_goes_on_without_it(gatewa
     """Its other requests are nobody's to lose."""
     load(gateway)
     load(gateway, "other")
-    worker = gateway.worker("twin", 1)
-    worker.state = State.UNRESPONSIVE
-    app = gateway.workers.apps["twin", 1]
+    replica = gateway.replica("twin", 1)
+    replica.state = State.UNRESPONSIVE
+    app = gateway.replicas.apps["twin", 1]
     app[CONTROLS].clear()
     (root / "pack" / "unusable").touch()
-    gateway.client.portal.call(worker._become_ready)
-    assert worker.state is State.READY
+    gateway.client.portal.call(replica._become_ready)
+    assert replica.state is State.READY
     assert gateway.chat(model="twin").status_code == 200
 
 
 def test_what_is_loaded_while_a_worker_is_being_prepared_is_not_missed(gateway, root):
     load(gateway)
-    worker = gateway.worker("twin", 1)
-    worker.state = State.UNRESPONSIVE
-    gateway.workers.apps["twin", 1][CONTROLS].clear()
+    replica = gateway.replica("twin", 1)
+    replica.state = State.UNRESPONSIVE
+    gateway.replicas.apps["twin", 1][CONTROLS].clear()
     (root / "pack" / "slow").touch()
     shutil.copytree(root / "pack", root / "other", ignore=shutil.ignore_patterns("slow"))
     with ThreadPoolExecutor() as pool:
-        preparing = pool.submit(gateway.client.portal.call, worker._become_ready)
+        preparing = pool.submit(gateway.client.portal.call, replica._become_ready)
         while changes(gateway, "twin", 1)[-1] != ["load", "late"] or len(changes(gateway, "twin", 1)) < 2:
             threading.Event().wait(0.01)
         assert load(gateway, "other", "other").status_code == 200
         preparing.result(10)
-    assert set(gateway.workers.apps["twin", 1][CONTROLS]) == {"late", "other"}
+    assert set(gateway.replicas.apps["twin", 1][CONTROLS]) == {"late", "other"}
 
 
 def test_a_control_is_not_loaded_while_nobody_could_say_what_becomes_of_it(gateway):
-    for worker in (gateway.worker("all"), gateway.worker("twin"), gateway.worker("twin", 1)):
-        worker.state = State.STARTING
+    for replica in (gateway.replica("all"), gateway.replica("twin"), gateway.replica("twin", 1)):
+        replica.state = State.STARTING
     response = load(gateway)
     assert (response.status_code, gateway.error(response)["code"]) == (503, "model_not_ready")
     assert "late" not in listed(gateway)
 
 
 def test_another_workers_control_of_the_same_name_is_not_touched(gateway):
-    gateway.workers.apps["all", 0][CONTROLS]["late"] = "/somebody/elses"
+    gateway.replicas.apps["all", 0][CONTROLS]["late"] = "/somebody/elses"
     response = load(gateway)
     assert (response.status_code, gateway.error(response)["code"]) == (409, "conflict")
-    assert gateway.workers.apps["all", 0][CONTROLS]["late"] == "/somebody/elses"
+    assert gateway.replicas.apps["all", 0][CONTROLS]["late"] == "/somebody/elses"
 
 
 @pytest.mark.parametrize("name", ["on", "off"])
@@ -325,7 +325,7 @@ def test_clients_have_no_other_way_to_a_workers_own_endpoints(gateway, root):
     """Whatever they write as the path."""
     body = {"model": "all", "control_name": "late", "control_path": str(root / "pack")}
     for path in ("/v1/load_control/", "//v1/load_control", "/v1//load_control", "/v1/x/../load_control"):
-        gateway.client.post(path, json=body, headers=gateway.worker("all").upstream.admin_headers)
+        gateway.client.post(path, json=body, headers=gateway.replica("all").upstream.admin_headers)
     assert changes(gateway, "all") == []
 
 

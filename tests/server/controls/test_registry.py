@@ -1,4 +1,4 @@
-"""`control` in a request's body: what is applied, what the worker is told, what is refused."""
+"""`control` in a request's body: what is applied, what the replica is told, what is refused."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ TURNS = [{"role": "user", "content": [{"type": "input_text", "text": "hi there"}
 def test_every_endpoint_with_a_conversation_gives_the_control_its_own_prompt(
     two_models, pack, path, body, read
 ):
-    """But where some of it stands only in the worker's memory."""
+    """But where some of it stands only in the replica's memory."""
     response = two_models.client.post(path, json={"model": "plain", "control": "two", **body})
     assert response.headers[HEADER] == "two=0.5"
     prompt = told(two_models, "plain").prompt

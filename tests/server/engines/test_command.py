@@ -1,4 +1,4 @@
-"""How a worker is started."""
+"""How a replica is started."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trimtab_server.config.schema import load_settings
-from trimtab_server.engines.vllm.command import worker_command, worker_environment
+from trimtab_server.engines.vllm.command import replica_command, replica_environment
 from trimtab_server.engines.vllm.flags import CONTROL_PROCESSOR
 
 
@@ -20,7 +20,7 @@ def command(write_config):
     def command(controls=None, **model):
         config = {"models": {"m": {"model": "org/name", **model}}, "controls": controls or {}}
         settings = load_settings(write_config(config))
-        return worker_command(settings, "m", settings.models["m"].replicas[0], Path("/run/http"))
+        return replica_command(settings, "m", settings.models["m"].replicas[0], Path("/run/http"))
 
     return command
 
@@ -128,7 +128,7 @@ def environment(write_config):
 
     def environment(**model):
         settings = load_settings(write_config({"models": {"m": {"model": "x", **model}}}))
-        return worker_environment(settings, "m", settings.models["m"].replicas[-1], Path("/run/0"))
+        return replica_environment(settings, "m", settings.models["m"].replicas[-1], Path("/run/0"))
 
     return environment
 

@@ -33,7 +33,7 @@ WEBSOCKETS = paths_with(Access.WEBSOCKET)
 METHODS = {"get", "post", "put", "patch", "delete", "head", "options", "websocket", "api_route"}
 ADDERS = {"add_api_route", "add_route", "add_api_websocket_route", "add_websocket_route", "mount"}
 OTHER_PROGRAMS = {"launchers/dp_supervisor.py", "cli/preload.py"}
-"""Modules with servers of their own, which no request through a worker's socket reaches."""
+"""Modules with servers of their own, which no request through a replica's socket reaches."""
 NOT_LITERAL = {
     "app.swagger_ui_oauth2_redirect_url": "/docs/oauth2-redirect",
     "route.path": None,  # routes that the same module has declared before

@@ -199,7 +199,7 @@ def test_a_worker_whose_engine_hangs_is_started_again(client, url, directory):
     log = next((directory / "logs").glob("*-a.log")).read_text()
     pid = int(re.findall(r"\(EngineCore pid=(\d+)\)", log)[-1])
     os.kill(pid, signal.SIGSTOP)
-    with pytest.raises(openai.APIStatusError, match="The worker of 'a' hung and is started again"):
+    with pytest.raises(openai.APIStatusError, match="The replica of 'a' hung and is started again"):
         ask(client, max_tokens=12)
     assert client.chat.completions.create(model="other", messages=[]).choices
     deadline = time.monotonic() + START_SECONDS

@@ -1,4 +1,4 @@
-"""Workers that hang are started again; workers that are busy are not."""
+"""ModelPool that hang are started again; replicas that are busy are not."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from trimtab_server.config.types import SettingsError
 from trimtab_server.engines import liveness
 from trimtab_server.engines.liveness import Liveness
 from trimtab_server.engines.replica import Cause
-from trimtab_server.errors import WorkerTimeoutError
+from trimtab_server.errors import ReplicaTimeoutError
 
 RESTARTS = "trimtab_gateway_worker_restarts_total"
 
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory):
-    """One gateway for all tests. The worker of `m` has a child, as vLLM's front end has an engine."""
+    """One gateway for all tests. The replica of `m` has a child, as vLLM's front end has an engine."""
     config = {
         "models": {"m": {"env": {"FAKE_CHILD": "1"}}, "other": {}},
         "timeouts": {"unresponsive": 3, "probe": 2},
@@ -40,7 +40,7 @@ def gateway(tmp_path_factory):
 
 
 def hang(gateway: Served, how: str) -> int:
-    """Make the worker of `m` hang; returns its process."""
+    """Make the replica of `m` hang; returns its process."""
     pid = gateway.newest("m")
     if how == "front end":
         os.kill(pid, signal.SIGSTOP)
@@ -53,13 +53,13 @@ def hang(gateway: Served, how: str) -> int:
 
 
 def family(gateway: Served) -> list[int]:
-    """The processes of the worker of `m`: those of its group but for the launcher."""
+    """The processes of the replica of `m`: those of its group but for the launcher."""
     group = os.getpgid(gateway.newest("m"))
     return [pid for pid in gateway.children if lives(pid) and os.getpgid(pid) == group]
 
 
 def restarts(gateway: Served, model: str = "m") -> dict[str, float]:
-    """The restarts of a model's worker by their cause."""
+    """The restarts of a model's replica by their cause."""
     samples = gateway.samples()
     return {
         cause: samples[RESTARTS, ("cause", cause), ("model_name", model), ("replica", "0")] for cause in Cause
@@ -68,7 +68,7 @@ def restarts(gateway: Served, model: str = "m") -> dict[str, float]:
 
 @contextlib.contextmanager
 def restarted(gateway: Served):
-    """Within the block the worker of `m` hangs; after it, another has taken its place."""
+    """Within the block the replica of `m` hangs; after it, another has taken its place."""
     before, pid = restarts(gateway), gateway.newest("m")
     yield
     gateway.wait_for(lambda: gateway.newest("m") != pid, 60)
@@ -94,7 +94,7 @@ def test_a_worker_that_hangs_is_started_again_and_nobody_else_notices(gateway, h
     assert ask(gateway.client()).system_fingerprint == str(gateway.newest("m"))
     assert len(list(stream)) == 12
     assert sum(restarts(gateway, "other").values()) == 0
-    told = "model m: its worker hung: no sign of life for 3 s (timeouts.unresponsive): "
+    told = "model m: its replica hung: no sign of life for 3 s (timeouts.unresponsive): "
     assert fault in gateway.log.rpartition(told)[2]
     assert not any(map(lives, processes))
 
@@ -115,11 +115,11 @@ def test_what_a_worker_that_hangs_had_under_way_ends_with_an_error_that_says_so(
         next(stream)
         gateway.wait_for(lambda: len(gateway.seen("m")["requests"]) == arrived)
         hang(gateway, how)
-        with pytest.raises(openai.APIError, match="The worker of 'm' hung and is started again: "):
+        with pytest.raises(openai.APIError, match="The replica of 'm' hung and is started again: "):
             list(stream)
         waiting.join(10)
     (failure,) = failures
-    assert (failure.status_code, failure.code) == (502, "worker_failed")
+    assert (failure.status_code, failure.code) == (502, "replica_failed")
     assert "hung and is started again: " in failure.message
 
 
@@ -158,8 +158,8 @@ def test_the_environment_can_turn_it_off(write_config, monkeypatch):
 # What a look sees
 
 
-class Worker:
-    """A worker's answers, and the time, in which a look takes a second."""
+class Replica:
+    """A replica's answers, and the time, in which a look takes a second."""
 
     def __init__(self, monkeypatch) -> None:
         self.now = 1000.0
@@ -171,7 +171,7 @@ class Worker:
 
     async def get(self, path: str) -> tuple[int, bytes]:
         if self.health is None:
-            raise WorkerTimeoutError("it is silent")
+            raise ReplicaTimeoutError("it is silent")
         if path == "/health":
             self.now += 1
             return self.health, b""
@@ -185,62 +185,62 @@ class Worker:
 
 
 @pytest.fixture
-def worker(monkeypatch):
-    return Worker(monkeypatch)
+def replica(monkeypatch):
+    return Replica(monkeypatch)
 
 
-def test_silence_counts_from_the_last_sign_of_life(worker):
-    worker.look()
-    worker.health = 503
-    assert worker.look(4, every=2) == "/health answers with status 503"
-    assert worker.liveness.silent_for(12)
-    assert not worker.liveness.silent_for(12.1)
-    worker.health = 200
-    assert worker.look() == ""
-    assert not worker.liveness.silent_for(0)
+def test_silence_counts_from_the_last_sign_of_life(replica):
+    replica.look()
+    replica.health = 503
+    assert replica.look(4, every=2) == "/health answers with status 503"
+    assert replica.liveness.silent_for(12)
+    assert not replica.liveness.silent_for(12.1)
+    replica.health = 200
+    assert replica.look() == ""
+    assert not replica.liveness.silent_for(0)
 
 
-def test_one_late_look_of_a_gateway_that_was_held_up_says_nothing(worker):
-    worker.health = 503
-    worker.look(2, every=10_000)
-    assert not worker.liveness.silent_for(1)
-    worker.look()
-    assert worker.liveness.silent_for(1)
+def test_one_late_look_of_a_gateway_that_was_held_up_says_nothing(replica):
+    replica.health = 503
+    replica.look(2, every=10_000)
+    assert not replica.liveness.silent_for(1)
+    replica.look()
+    assert replica.liveness.silent_for(1)
 
 
 @pytest.mark.parametrize("busy", [0.25, 1, 1.01, None])
-def test_an_engine_that_is_busy_lives_however_long_its_step_is(worker, busy):
+def test_an_engine_that_is_busy_lives_however_long_its_step_is(replica, busy):
     """So does one of which the kernel tells nothing."""
-    worker.engine = {"answers": False, "busy": busy}
-    assert worker.look(200) == ""
+    replica.engine = {"answers": False, "busy": busy}
+    assert replica.look(200) == ""
 
 
 @pytest.mark.parametrize("busy", [0, 0.2])
-def test_an_engine_at_rest_that_does_not_answer_hangs(worker, busy):
-    worker.engine = {"answers": False, "busy": busy}
-    assert worker.look(10) == "its engine neither answers nor computes"
-    assert worker.liveness.silent_for(30)
-    assert worker.liveness.in_doubt
+def test_an_engine_at_rest_that_does_not_answer_hangs(replica, busy):
+    replica.engine = {"answers": False, "busy": busy}
+    assert replica.look(10) == "its engine neither answers nor computes"
+    assert replica.liveness.silent_for(30)
+    assert replica.liveness.in_doubt
 
 
 @pytest.mark.parametrize(
     ("status", "engine"),
     [(404, {}), (202, {"answers": False, "busy": 0}), (200, []), (200, {"answers": False})],
 )
-def test_a_worker_that_can_not_tell_of_its_engine_lives_by_its_health_alone(worker, status, engine):
-    worker.engine_status, worker.engine = status, engine
-    assert worker.look(20) == ""
+def test_a_worker_that_can_not_tell_of_its_engine_lives_by_its_health_alone(replica, status, engine):
+    replica.engine_status, replica.engine = status, engine
+    assert replica.look(20) == ""
 
 
-def test_a_worker_in_doubt_is_made_known_and_one_that_hangs_ends_the_watch(worker, monkeypatch):
+def test_a_worker_in_doubt_is_made_known_and_one_that_hangs_ends_the_watch(replica, monkeypatch):
     """Doubt is said of it at half a minute, the end comes at the limit."""
 
     async def sleep(seconds: float) -> None:
-        worker.now += seconds
+        replica.now += seconds
 
     monkeypatch.setattr(liveness.asyncio, "sleep", sleep)
-    worker.engine = {"answers": False, "busy": 0}
+    replica.engine = {"answers": False, "busy": 0}
     doubts: list[tuple[float, str]] = []
-    asyncio.run(worker.liveness.wait_until_hung(60, lambda fault: doubts.append((worker.now, fault))))
+    asyncio.run(replica.liveness.wait_until_hung(60, lambda fault: doubts.append((replica.now, fault))))
     assert doubts[0] == (1032, "its engine neither answers nor computes")
-    assert worker.now == 1060
+    assert replica.now == 1060

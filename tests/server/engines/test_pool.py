@@ -1,4 +1,4 @@
-"""Which worker of a model gets a request, and what happens before one may."""
+"""Which replica of a model gets a request, and what happens before one may."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pytest
 from served import FAKE, Remote
 from trimtab_server.config.schema import load_settings
 from trimtab_server.config.types import SettingsError
-from trimtab_server.engines.pool import Workers
+from trimtab_server.engines.pool import ModelPool
 from trimtab_server.engines.replica import State
-from trimtab_server.errors import WorkerFailedError
+from trimtab_server.errors import ReplicaFailedError
 from trimtab_server.metrics import Metrics
 
 TWO = {"m": {"model": ".", "replicas": [{}, {}]}}
 
 
 def counts(gateway, model="m"):
-    return [len(gateway.asked(model, worker.id.index)) for worker in gateway.workers[model].workers]
+    return [len(gateway.asked(model, replica.id.index)) for replica in gateway.replicas[model].replicas]
 
 
 # Which one
@@ -37,7 +37,7 @@ def test_of_equally_busy_workers_each_gets_a_request_in_turn(start):
 
 def test_the_worker_with_the_fewest_requests_gets_the_next(start):
     gateway = start(models=TWO)
-    gateway.worker("m", 0).outstanding = 1
+    gateway.replica("m", 0).in_flight = 1
     for _ in range(3):
         gateway.chat()
     assert counts(gateway) == [0, 3]
@@ -47,7 +47,7 @@ def test_the_worker_with_the_fewest_requests_gets_the_next(start):
 def test_a_request_is_outstanding_until_its_answer_has_ended_in_whatever_way(start, body):
     gateway = start()
     gateway.chat(**body)
-    assert gateway.worker("m").outstanding == 0
+    assert gateway.replica("m").in_flight == 0
     assert 'trimtab_gateway_worker_requests{model_name="m",replica="0"} 0.0' in metrics_of(gateway)
 
 
@@ -58,7 +58,7 @@ def metrics_of(gateway) -> str:
 @pytest.mark.parametrize("state", set(State) - {State.READY})
 def test_only_a_worker_that_is_ready_gets_requests(start, state):
     gateway = start(models=TWO)
-    gateway.worker("m", 0).state = state
+    gateway.replica("m", 0).state = state
     for _ in range(2):
         assert gateway.chat().status_code == 200
     assert counts(gateway) == [0, 2]
@@ -66,8 +66,8 @@ def test_only_a_worker_that_is_ready_gets_requests(start, state):
 
 def test_when_none_is_ready_the_error_says_how_each_of_them_does(start):
     gateway = start(models=TWO)
-    gateway.worker("m", 0).state = State.STARTING
-    gateway.worker("m", 1).state = State.FAILED
+    gateway.replica("m", 0).state = State.STARTING
+    gateway.replica("m", 1).state = State.FAILED
     response = gateway.chat()
     assert response.status_code == 503
     assert int(response.headers["retry-after"]) > 0
@@ -76,8 +76,8 @@ def test_when_none_is_ready_the_error_says_how_each_of_them_does(start):
 
 def test_a_model_is_as_ready_as_the_best_of_its_workers(start):
     gateway = start(models=TWO)
-    gateway.worker("m", 0).state = State.RESTARTING
-    gateway.worker("m", 0).reason = "ended with status 1"
+    gateway.replica("m", 0).state = State.RESTARTING
+    gateway.replica("m", 0).reason = "ended with status 1"
     response = gateway.client.get("/ready")
     assert response.status_code == 200
     model = response.json()["models"]["m"]
@@ -98,8 +98,8 @@ def test_a_request_that_could_not_be_connected_goes_to_another_worker(start):
     gateway.cut_off("m", 0)
     assert [gateway.chat().status_code for _ in range(4)] == [200] * 4
     assert counts(gateway) == [0, 4]
-    assert gateway.worker("m", 0).state is State.UNRESPONSIVE
-    assert "does not listen" in gateway.worker("m", 0).reason
+    assert gateway.replica("m", 0).state is State.UNRESPONSIVE
+    assert "does not listen" in gateway.replica("m", 0).reason
 
 
 def test_a_request_that_was_sent_is_never_repeated(start):
@@ -120,18 +120,18 @@ def test_when_no_worker_takes_a_connection_it_is_503(start):
 
 @pytest.fixture
 def run(write_config):
-    """Run `test(workers)` with workers that are processes; `on_ready` is awaited before one is ready."""
+    """Run `test(replicas)` with replicas that are processes; `on_ready` is awaited before one is ready."""
 
     def run(test, on_ready, models=None, **config):
         models = models or {"m": {"model": "x", "command": FAKE}}
         rules = {"restarts": {"backoff": 0.05, "attempts": 1}, "timeouts": {"stop": 1, "probe": 0.5}}
         settings = load_settings(write_config({"models": models, **rules, **config}))
-        workers = Workers(settings, Metrics())
-        workers.on_ready = on_ready
+        replicas = ModelPool(settings, Metrics())
+        replicas.on_ready = on_ready
 
         async def main():
-            async with workers:
-                await test(workers)
+            async with replicas:
+                await test(replicas)
 
         asyncio.run(main())
 
@@ -145,8 +145,8 @@ async def until(condition, seconds=20):
         await asyncio.sleep(0.02)
 
 
-def process_of(worker) -> int:
-    line = worker._output.path.read_text().rsplit("fake server ", 1)[1]
+def process_of(replica) -> int:
+    line = replica._output.path.read_text().rsplit("fake server ", 1)[1]
     return int(line.split()[0])
 
 
@@ -155,32 +155,32 @@ def test_what_is_to_be_done_before_a_worker_is_ready_is_done_again_after_a_resta
 
     async def on_ready(upstream):
         assert await upstream.post_json("/v1/load", {"a": 1}, {"Authorization": "Bearer x"})
-        states.append((upstream.model, worker.state))
+        states.append((upstream.model, replica.state))
 
-    async def test(workers):
-        nonlocal worker
-        (worker,) = workers.all
-        await until(lambda: worker.state is State.READY)
-        os.kill(process_of(worker), signal.SIGKILL)
+    async def test(replicas):
+        nonlocal replica
+        (replica,) = replicas.all
+        await until(lambda: replica.state is State.READY)
+        os.kill(process_of(replica), signal.SIGKILL)
         await until(lambda: len(states) == 2)
-        await until(lambda: worker.state is State.READY)
+        await until(lambda: replica.state is State.READY)
 
-    worker = None
+    replica = None
     run(test, on_ready)
     assert states == [("m", State.STARTING)] * 2
 
 
-@pytest.mark.parametrize("error", [WorkerFailedError("no room for it"), ZeroDivisionError("oh")])
+@pytest.mark.parametrize("error", [ReplicaFailedError("no room for it"), ZeroDivisionError("oh")])
 def test_a_worker_for_which_it_can_not_be_done_is_started_again_and_given_up(run, error):
     async def on_ready(_):
         raise error
 
-    async def test(workers):
-        (worker,) = workers.all
-        await until(lambda: worker.state is State.FAILED)
-        assert "could not be made ready" in worker.reason
-        assert ("no room for it" in worker.reason) == isinstance(error, WorkerFailedError)
-        assert "division" not in worker.reason
+    async def test(replicas):
+        (replica,) = replicas.all
+        await until(lambda: replica.state is State.FAILED)
+        assert "could not be made ready" in replica.reason
+        assert ("no room for it" in replica.reason) == isinstance(error, ReplicaFailedError)
+        assert "division" not in replica.reason
 
     run(test, on_ready)
 
@@ -190,11 +190,11 @@ def test_the_worker_is_told_in_json_and_its_answer_is_an_object(run):
 
     async def on_ready(upstream):
         answers.append(await upstream.post_json("/v1/load", {"a": [1]}, {"x-own": "y"}))
-        with pytest.raises(WorkerFailedError, match="/fake/text with status 200 and no JSON object"):
+        with pytest.raises(ReplicaFailedError, match="/fake/text with status 200 and no JSON object"):
             await upstream.post_json("/fake/text", {})
 
-    async def test(workers):
-        await until(lambda: workers["m"].state is State.READY)
+    async def test(replicas):
+        await until(lambda: replicas["m"].state is State.READY)
 
     run(test, on_ready)
     ((status, told),) = answers
@@ -212,16 +212,16 @@ def test_a_worker_that_fails_its_probes_again_and_again_gets_no_requests_until_i
     async def on_ready(upstream):
         readied.append(upstream.model)
 
-    async def test(workers):
-        (worker,) = workers.all
-        await until(lambda: worker.state is State.READY)
-        pid = process_of(worker) if here else remote.process.pid
+    async def test(replicas):
+        (replica,) = replicas.all
+        await until(lambda: replica.state is State.READY)
+        pid = process_of(replica) if here else remote.process.pid
         os.kill(pid, signal.SIGSTOP)
-        await until(lambda: worker.state is State.UNRESPONSIVE)
-        assert "0.5 s (timeouts.probe)" in worker.reason
+        await until(lambda: replica.state is State.UNRESPONSIVE)
+        assert "0.5 s (timeouts.probe)" in replica.reason
         os.kill(pid, signal.SIGCONT)
-        await until(lambda: worker.state is State.READY)
-        assert worker.reason == ""
+        await until(lambda: replica.state is State.READY)
+        assert replica.reason == ""
 
     with contextlib.closing(Remote()) as remote:
         run(test, on_ready, None if here else {"m": {"replicas": [{"url": remote.url}]}})
@@ -235,19 +235,19 @@ def test_a_worker_elsewhere_that_was_started_again_between_two_probes_is_made_re
     readied = []
 
     async def on_ready(upstream):
-        readied.append(worker.state)
+        readied.append(replica.state)
 
-    async def test(workers):
-        nonlocal worker
-        (worker,) = workers.all
-        await until(lambda: worker.state is State.READY)
+    async def test(replicas):
+        nonlocal replica
+        (replica,) = replicas.all
+        await until(lambda: replica.state is State.READY)
         remote.close()
         await asyncio.to_thread(remote.start)
-        assert worker.state is State.READY  # nothing was noticed
+        assert replica.state is State.READY  # nothing was noticed
         await until(lambda: len(readied) == 2, seconds=60)
-        await until(lambda: worker.state is State.READY)
+        await until(lambda: replica.state is State.READY)
 
-    worker = None
+    replica = None
     with contextlib.closing(Remote(controls=["one"])) as remote:
         run(test, on_ready, {"m": {"replicas": [{"url": remote.url}]}}, controls={"one": str(pack)})
     assert readied == [State.STARTING] * 2
@@ -260,11 +260,11 @@ def test_of_several_servers_behind_one_address_each_is_made_ready_once(run, monk
     async def on_ready(upstream):
         readied.append(upstream.model)
 
-    async def test(workers):
-        (worker,) = workers.all
+    async def test(replicas):
+        (replica,) = replicas.all
         await until(lambda: len(readied) == 2, seconds=60)
         await asyncio.sleep(2)  # up to 40 probes, of which each server gets half
-        await until(lambda: worker.state is State.READY)
+        await until(lambda: replica.state is State.READY)
 
     with (
         contextlib.closing(Remote(controls=["one"])) as first,
@@ -279,9 +279,9 @@ def test_a_worker_elsewhere_without_the_plugin_is_ready_where_no_control_is_offe
     async def on_ready(_):
         pass
 
-    async def test(workers):
-        (worker,) = workers.all
-        await until(lambda: worker.state is State.READY)
+    async def test(replicas):
+        (replica,) = replicas.all
+        await until(lambda: replica.state is State.READY)
 
     with contextlib.closing(Remote()) as remote:
         run(test, on_ready, {"m": {"replicas": [{"url": remote.url}]}}, control_roots=roots)
@@ -304,10 +304,10 @@ def test_a_worker_elsewhere_that_can_not_serve_what_is_offered_is_unfit_and_says
     async def on_ready(upstream):
         readied.append(upstream)
 
-    async def test(workers):
-        (worker,) = workers.all
-        await until(lambda: worker.state is State.UNFIT)
-        assert worker.reason.startswith(reason)
+    async def test(replicas):
+        (replica,) = replicas.all
+        await until(lambda: replica.state is State.MISCONFIGURED)
+        assert replica.reason.startswith(reason)
         assert f"model m: unfit: {reason}" in caplog.text
 
     with contextlib.closing(Remote(**there)) as remote:
@@ -319,4 +319,4 @@ def test_a_key_that_the_environment_does_not_have_is_said_before_anything_starts
     replicas = [{"url": "http://elsewhere", "key_variable": "NOT_THERE"}]
     settings = load_settings(write_config({"models": {"m": {"replicas": replicas}}}))
     with pytest.raises(SettingsError, match=r"models\.m\.replicas\.0\.key_variable: .* NOT_THERE"):
-        Workers(settings, Metrics())
+        ModelPool(settings, Metrics())

@@ -1,4 +1,4 @@
-"""What a worker prints."""
+"""What a replica prints."""
 
 from __future__ import annotations
 

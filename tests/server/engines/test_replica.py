@@ -1,4 +1,4 @@
-"""Several workers of one model, as processes: here, and elsewhere."""
+"""Several replicas of one model, as processes: here, and elsewhere."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def asked(gateway: Served, **options) -> int:
 
 @pytest.fixture
 def remote():
-    """Start a worker elsewhere."""
+    """Start a replica elsewhere."""
     with contextlib.ExitStack() as stack:
 
         def remote(**options) -> Remote:
@@ -120,64 +120,64 @@ def test_their_output_has_a_file_each_and_their_sockets_are_for_nobody_else(serv
 def test_a_worker_elsewhere_gets_its_key_and_nothing_that_is_the_gateways(serve, remote, monkeypatch):
     monkeypatch.setenv("ELSEWHERE", "a-secret")
     monkeypatch.setenv("TRIMTAB_API_KEYS", "ours")
-    worker = remote(key="a-secret")
-    gateway = serve(models={"m": {"replicas": [{"url": worker.url + "/", "key_variable": "ELSEWHERE"}]}})
+    replica = remote(key="a-secret")
+    gateway = serve(models={"m": {"replicas": [{"url": replica.url + "/", "key_variable": "ELSEWHERE"}]}})
     gateway.wait_until_ready()
-    assert ask(gateway.client(api_key="ours")).system_fingerprint == str(worker.process.pid)
-    headers = {name.lower(): value for name, value in worker.seen()["requests"][-1]["headers"].items()}
+    assert ask(gateway.client(api_key="ours")).system_fingerprint == str(replica.process.pid)
+    headers = {name.lower(): value for name, value in replica.seen()["requests"][-1]["headers"].items()}
     assert headers["authorization"] == "Bearer a-secret"
-    assert headers["host"] == f"127.0.0.1:{worker.port}"
+    assert headers["host"] == f"127.0.0.1:{replica.port}"
     assert "a-secret" not in gateway.log
     assert gateway.children == []
     assert gateway.stop() == 0
-    assert worker.process.poll() is None
+    assert replica.process.poll() is None
 
 
 def test_a_worker_elsewhere_that_goes_away_is_passed_over_until_it_is_back(serve, remote):
-    worker = remote()
-    gateway = serve(models={"m": {"replicas": [{"url": worker.url}, {}]}})
+    replica = remote()
+    gateway = serve(models={"m": {"replicas": [{"url": replica.url}, {}]}})
     wait_for_states(gateway, "ready", "ready")
     here = gateway.newest("m~1")
-    assert {asked(gateway) for _ in range(2)} == {worker.process.pid, here}
-    worker.close()
+    assert {asked(gateway) for _ in range(2)} == {replica.process.pid, here}
+    replica.close()
     assert {asked(gateway) for _ in range(4)} == {here}
-    assert replicas_of(gateway)[0] == ("unresponsive", "The worker of 'm' does not listen.")
-    worker.start()
+    assert replicas_of(gateway)[0] == ("unresponsive", "The replica of 'm' does not listen.")
+    replica.start()
     wait_for_states(gateway, "ready", "ready")
-    assert {asked(gateway) for _ in range(2)} == {worker.process.pid, here}
+    assert {asked(gateway) for _ in range(2)} == {replica.process.pid, here}
 
 
 def test_without_any_the_model_is_503_and_the_gateway_goes_on_asking(serve, remote):
-    worker = remote()
-    worker.close()
-    gateway = serve(models={"m": {"replicas": [{"url": worker.url}]}})
+    replica = remote()
+    replica.close()
+    gateway = serve(models={"m": {"replicas": [{"url": replica.url}]}})
     wait_for_states(gateway, "unresponsive")
     with pytest.raises(openai.InternalServerError, match="it is unresponsive") as down:
         ask(gateway.client())
     assert (down.value.status_code, down.value.response.headers["retry-after"]) == (503, "5")
-    worker.start()
+    replica.start()
     gateway.wait_until_ready()
-    assert asked(gateway) == worker.process.pid
+    assert asked(gateway) == replica.process.pid
 
 
 def test_a_worker_elsewhere_with_the_controls_that_are_offered_takes_them(serve, remote, pack):
-    worker = remote(controls=["one", "more"])
-    gateway = serve(models={"m": {"replicas": [{"url": worker.url}]}}, controls={"one": str(pack)})
+    replica = remote(controls=["one", "more"])
+    gateway = serve(models={"m": {"replicas": [{"url": replica.url}]}}, controls={"one": str(pack)})
     gateway.wait_until_ready()
     ask(gateway.client(), extra_body={"control": "one"})
-    assert worker.seen()["requests"][-1]["body"]["vllm_xargs"]["trimtab_control"] == "one"
+    assert replica.seen()["requests"][-1]["body"]["vllm_xargs"]["trimtab_control"] == "one"
 
 
 def test_a_worker_elsewhere_that_is_controlled_by_nobody_needs_no_plugin(serve, remote):
-    worker = remote()
-    gateway = serve(models={"m": {"replicas": [{"url": worker.url}]}}).wait_until_ready()
-    assert asked(gateway) == worker.process.pid
+    replica = remote()
+    gateway = serve(models={"m": {"replicas": [{"url": replica.url}]}}).wait_until_ready()
+    assert asked(gateway) == replica.process.pid
 
 
 def test_a_client_that_goes_away_ends_its_request_elsewhere_too(serve, remote):
-    worker = remote()
-    gateway = serve(models={"m": {"replicas": [{"url": worker.url}]}}).wait_until_ready()
+    replica = remote()
+    gateway = serve(models={"m": {"replicas": [{"url": replica.url}]}}).wait_until_ready()
     stream = ask(gateway.client(), stream=True, extra_body=paused(60))
     next(stream)
     stream.close()
-    gateway.wait_for(lambda: worker.seen()["aborted"] == 1, seconds=3)
+    gateway.wait_for(lambda: replica.seen()["aborted"] == 1, seconds=3)

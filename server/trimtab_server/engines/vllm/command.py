@@ -1,4 +1,4 @@
-"""How a worker is started: vLLM's command line and environment."""
+"""How a replica is started: vLLM's command line and environment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from trimtab_processors.settings import KEY as PLUGIN_KEY
 from trimtab_processors.settings import PluginSettings
 from trimtab_server.config.schema import ModelSettings, Settings
-from trimtab_server.config.sections import Replica
+from trimtab_server.config.sections import ReplicaSettings
 from trimtab_server.engines.vllm.flags import CONTROL_PROCESSOR, CONTROL_PROCESSORS, RUNNER_VARIABLE
 
 VLLM = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
@@ -31,7 +31,7 @@ _ENDPOINTS = (
     *("--middleware", "trimtab_processors.endpoints.ControlEndpoints"),
     *("--worker-extension-cls", "trimtab_processors.worker_extension.ControlWorker"),
 )
-"""What lists the worker's controls, and loads and unloads them."""
+"""What lists the replica's controls, and loads and unloads them."""
 _LIVENESS = ("--middleware", "trimtab_processors.liveness.EngineHealth")
 """What tells an engine that hangs from one that is busy."""
 _DEFAULT_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -40,8 +40,8 @@ _PRIVATE_PREFIX = "TRIMTAB_"
 """Of the gateway's own variables, with keys and passwords among them."""
 
 
-def worker_command(settings: Settings, name: str, replica: Replica, socket: Path) -> list[str]:
-    """The command line of a worker that serves the model `name` on the unix socket `socket`."""
+def replica_command(settings: Settings, name: str, replica: ReplicaSettings, socket: Path) -> list[str]:
+    """The command line of a replica that serves the model `name` on the unix socket `socket`."""
     model = settings.models[name]
     controls = settings.controls_of(name)
     roots = settings.control_roots
@@ -62,8 +62,10 @@ def worker_command(settings: Settings, name: str, replica: Replica, socket: Path
     return command
 
 
-def worker_environment(settings: Settings, name: str, replica: Replica, directory: Path) -> dict[str, str]:
-    """The environment of a worker of the model `name` whose own files stand in `directory`."""
+def replica_environment(
+    settings: Settings, name: str, replica: ReplicaSettings, directory: Path
+) -> dict[str, str]:
+    """The environment of a replica of the model `name` whose own files stand in `directory`."""
     model = settings.models[name]
     private = {PRIVATE_VLLM_KEY, *_key_variables(settings)}
     inherited = {
@@ -80,13 +82,13 @@ def worker_environment(settings: Settings, name: str, replica: Replica, director
 
 
 def _key_variables(settings: Settings) -> Iterator[str]:
-    """Where the keys of workers elsewhere are."""
+    """Where the keys of replicas elsewhere are."""
     for model in settings.models.values():
         for replica in model.replicas:
             yield from replica.key_variables.values()
 
 
-def _hardware(replica: Replica) -> dict[str, str]:
+def _hardware(replica: ReplicaSettings) -> dict[str, str]:
     devices = None if replica.devices is None else ",".join(map(str, replica.devices))
     variables = {"CUDA_VISIBLE_DEVICES": devices, "VLLM_CPU_OMP_THREADS_BIND": replica.cpus}
     return {name: value for name, value in variables.items() if value is not None}

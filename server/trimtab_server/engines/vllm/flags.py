@@ -24,4 +24,4 @@ RESERVED_FLAGS = frozenset(
         *("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs"),
     }
 )
-"""Flags of vLLM that Trimtab sets itself, or that would put the worker out of its reach."""
+"""Flags of vLLM that Trimtab sets itself, or that would put the replica out of its reach."""
