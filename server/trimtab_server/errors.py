@@ -1,4 +1,4 @@
-"""What goes wrong, as the error objects of the OpenAI API."""
+"""Errors, as the error objects of the OpenAI API."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trimtab_server.engines.vllm.endpoints import MESSAGES
 from trimtab_server.protocol import ANTHROPIC_REQUEST_ID, REQUEST_ID
 
 CLIENT_CLOSED_REQUEST = 499
-"""Not a status of HTTP's: what logs and metrics say of a client that went away before its answer."""
+"""The status in logs and metrics if the client disconnects before the answer. Not an HTTP status."""
 RETRY_AFTER_SECONDS = 5
 _ANTHROPIC_KINDS: Mapping[int, str] = {
     HTTPStatus.BAD_REQUEST: "invalid_request_error",
@@ -68,7 +68,7 @@ class UnknownModelError(BadRequestError):
 
 
 class ForbiddenError(ApiError):
-    """Nobody may do this here, or not with this key."""
+    """The endpoint is disabled, or the key does not allow it."""
 
     status = HTTPStatus.FORBIDDEN
     kind = "permission_error"
@@ -224,7 +224,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:
-    """Answer a body of the gateway's own endpoints that is not as it should be."""
+    """Answer an invalid body of one of the gateway's own endpoints."""
     if not isinstance(error, ValidationError):
         raise error
     fault = error.errors(include_url=False)[0]
@@ -240,11 +240,11 @@ async def on_disconnect(_: Request, error: Exception) -> Response:
 
 
 async def on_fault(request: Request, _: Exception) -> Response:
-    """Answer what nobody foresaw, without a word of its insides; the log has the traceback."""
+    """Return a generic 500 for unexpected errors. Details go to the log."""
     request_id = request.state.log.request_id
     # This answer is made outside the middleware that adds the id to all others.
     headers = {REQUEST_ID: request_id}
     if is_anthropic(request.scope["path"]):
         headers[ANTHROPIC_REQUEST_ID] = request_id
-    error = ApiError("The gateway failed; its log has the details.")
+    error = ApiError("Internal error in the gateway. The log has the details.")
     return _answer(request, error.body(), error.status, headers)

@@ -36,7 +36,7 @@ class GatewayServer(uvicorn.Server):
 
     def give_up(self) -> None:
         """End with status 1: there is nothing left to serve."""
-        logger.error("no model is left, the gateway ends")
+        logger.error("all models have failed, the gateway stops")
         self.status = 1
         self.should_exit = True
 
@@ -88,11 +88,11 @@ def _make_directory(logs: Path) -> None:
 def _warn_of_open_doors(settings: Settings) -> None:
     if not settings.api_keys and not _is_loopback(settings.host):
         logger.warning(
-            "listening on %s without API keys: whoever reaches this port may use it", settings.host
+            "listening on %s without API keys: everyone who can reach this port can use it", settings.host
         )
     if settings.control_roots and not settings.admin_keys:
         logger.warning(
-            "control_roots without admin keys: nobody can load a control; set admin_keys_file or %s",
+            "control_roots has no effect without admin keys. Set admin_keys_file or %s",
             ADMIN_KEYS_VARIABLE,
         )
     if PRIVATE_VLLM_KEY in os.environ:

@@ -34,23 +34,25 @@ class Gateway:
     preparer: Preparer
 
     def model(self, model: Any) -> ServedModel:
-        """The model of this name; without a name, the only one.
+        """Return the model of this name, or the only model if there is no name.
 
         Raises:
             UnknownModelError: no model has this name.
-            BadRequestError: it is no name, or there is none and several models.
+            BadRequestError: the name is not a string, or is missing and there are several models.
         """
         if model is None and len(self.models) == 1:
             return next(iter(self.models.values()))
         names = ", ".join(self.models)
         if model is None:
             raise BadRequestError(
-                f"Which model? Name one of: {names} (`model` in the body or the query)", param="model"
+                f"`model` is missing in the body and the query. Available models: {names}", param="model"
             )
         if not isinstance(model, str):
-            raise BadRequestError(f"model is the name of one, got {str(model)[:80]}", param="model")
+            raise BadRequestError(f"`model` must be a string, got {str(model)[:80]}", param="model")
         if model not in self.models:
-            raise UnknownModelError(f"There is no model {model[:80]!r}; there is: {names}", param="model")
+            raise UnknownModelError(
+                f"Model {model[:80]!r} does not exist. Available models: {names}", param="model"
+            )
         return self.models[model]
 
 

@@ -116,7 +116,7 @@ def _without_length(headers: HeaderPairs) -> list[tuple[bytes, bytes]]:
 
 
 class _Relayed(StreamingResponse):
-    """An answer whose length nobody knows, on its way through."""
+    """A response without a known length, which is relayed as it comes."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What becomes of a request: its id, its line in the log, its metrics."""
+"""The id of each request, its line in the log and its metrics."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Loader:
             ReplicaUnavailableError: no replica is ready, so that nobody would have tried it.
         """
         if not self._settings.control_roots:
-            raise ForbiddenError("Controls can't be loaded: the configuration has no control_roots")
+            raise ForbiddenError("Loading controls is disabled. Set `control_roots`")
         async with self._changing:
             self._require_room(name)
             offering = self._offering(models)
@@ -87,9 +87,12 @@ class Loader:
         async with self._changing:
             control = self._registry.get(name)
             if control is None:
-                raise ControlNotFoundError(f"There is no control {name[:80]!r}", param="control_name")
+                raise ControlNotFoundError(f"Control {name[:80]!r} does not exist", param="control_name")
             if control.loaded_from is None:
-                raise ConflictError(f"The control {name!r} stands in the configuration", param="control_name")
+                raise ConflictError(
+                    f"Control {name!r} is part of the configuration and can't be unloaded",
+                    param="control_name",
+                )
             self._registry.remove(name)
             self._leaving.add(name)
         try:
@@ -138,7 +141,7 @@ class Loader:
 
     def _require_room(self, name: str) -> None:
         if name in self._registry or name in self._leaving:
-            raise ConflictError(f"There is a control {name!r} already; unload it first", param="control_name")
+            raise ConflictError(f"Control {name!r} already exists. Unload it first", param="control_name")
         if len(self._registry) + len(self._leaving) >= self._settings.limits.controls:
             raise ConflictError(
                 f"There are {self._settings.limits.controls} controls, as many as may be; unload one first"

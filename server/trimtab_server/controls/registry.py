@@ -198,7 +198,8 @@ class ControlRegistry:
         offered = self.names_for(model)
         if len(offered) != 1:
             raise BadRequestError(
-                f"control is on, but {model!r} has no default control; name one of: {self._listed(model)}",
+                f"`control` is on, but model {model!r} has no default. Available controls:"
+                f" {self._listed(model)}",
                 param=param,
             )
         return (Selection(name=offered[0]),)

@@ -105,7 +105,7 @@ class Upstream:
         """Send a request and wait for the head of its answer, which `resources` closes.
 
         Raises:
-            ReplicaUnavailableError: nobody takes the connection; nothing has been sent.
+            ReplicaUnavailableError: the replica takes no connection; nothing has been sent.
             ReplicaFailedError: the connection broke.
             ReplicaTimeoutError: the replica fell silent.
         """

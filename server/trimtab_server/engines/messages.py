@@ -67,7 +67,7 @@ class UpstreamResponse:
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """The headers that are the client's business."""
+        """The headers that are passed on to the client."""
         kept = forwarded_headers(self._response.raw_headers, _NOT_RETURNED)
         return [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in kept]
 
@@ -107,7 +107,7 @@ class UpstreamResponse:
             raise self._translate(error) from error
 
     def break_off(self) -> None:
-        """Let whoever reads the body get a `ReplicaFailedError`."""
+        """Make reading the body raise a `ReplicaFailedError`."""
         self._response.content.set_exception(aiohttp.ClientConnectionError())
 
     def close(self) -> None:

@@ -34,7 +34,7 @@ _MAX_DIRECTORY_BYTES = 60
 
 
 class ServedModel:
-    """One model: the replicas that share its load, and the line before them."""
+    """One model: the replicas that share its load, and the queue in front of them."""
 
     def __init__(self, name: str, replicas: Sequence[Replica], admission: AdmissionQueue) -> None:
         self.name = name
@@ -44,7 +44,7 @@ class ServedModel:
 
     @property
     def state(self) -> State:
-        """The best of its replicas'."""
+        """The best state of its replicas."""
         return _best(replica.state for replica in self.replicas)
 
     @property
@@ -54,18 +54,18 @@ class ServedModel:
         return max(bounds, default=None)
 
     def require_ready(self) -> None:
-        """Make sure that a request has a place to go to.
+        """Reject a request if no replica is ready.
 
         Raises:
-            ReplicaUnavailableError: no replica answers, not yet or no more.
+            ReplicaUnavailableError: no replica is ready.
         """
         self._ready(())
 
     def require_room(self) -> None:
-        """Make sure that a limited request may at least wait.
+        """Reject a request if the queue is full.
 
         Raises:
-            RateLimitError: as many as may wait do.
+            RateLimitError: the queue is full.
         """
         self._admission.require_room()
 
@@ -73,7 +73,7 @@ class ServedModel:
         """Wait until fewer than `limits.concurrent` requests run; `resources` ends the turn.
 
         Raises:
-            RateLimitError: as many as may wait do.
+            RateLimitError: the queue is full.
         """
         await self._admission.acquire()
         resources.callback(self._admission.release)
@@ -204,7 +204,7 @@ class ModelPool(Mapping[str, ServedModel]):
         try:
             await replica.run()
         except Exception:
-            # Its directory or its program is not to be had; another try would find them no better.
+            # The working directory or executable is missing. Restarting would not help.
             replica.state = State.FAILED
             logger.exception("%s: its replica can't be started", replica.id)
         if all(other.state is State.FAILED for other in self.all):
