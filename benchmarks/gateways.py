@@ -76,7 +76,7 @@ class Gateway:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 follows = dict(pairwise(words))
-                launched = b"trimtab_server.launch" in words
+                launched = b"trimtab_server.engines.reaper" in words
                 if not launched and follows.get(b"--served-model-name") == model.encode():
                     return pid
         raise LookupError(f"the model {model!r} has no worker now")

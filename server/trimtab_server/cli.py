@@ -60,16 +60,17 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="The port to listen on.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the workers print.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the replicas print.")] = False,
 ) -> None:
     """Serve models on one port: those of CONFIG, those named by --model, or else the small world.
 
     The small world, three models and a control that were made for it, is made when it is first asked for,
     which takes minutes.
     """
-    from trimtab_server.quick import world_settings, written_settings
-    from trimtab_server.service import run_gateway
-    from trimtab_server.settings import SettingsError, load_settings
+    from trimtab_server.config.inline import world_settings, written_settings
+    from trimtab_server.config.schema import load_settings
+    from trimtab_server.config.types import SettingsError
+    from trimtab_server.server import run_gateway
 
     options = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     try:
@@ -88,8 +89,9 @@ def serve(
 @app.command()
 def check(config: ConfigArgument) -> None:
     """Look for what CONFIG names: models, packs, tables, devices, files, the port; nothing is started."""
-    from trimtab_server.check import check_settings
-    from trimtab_server.settings import SettingsError, load_settings
+    from trimtab_server.config.check import check_settings
+    from trimtab_server.config.schema import load_settings
+    from trimtab_server.config.types import SettingsError
 
     try:
         settings = load_settings(config)
@@ -108,7 +110,7 @@ def check(config: ConfigArgument) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a configuration file."""
-    from trimtab_server.settings import settings_schema
+    from trimtab_server.config.schema import settings_schema
 
     typer.echo(json.dumps(settings_schema(), indent=2))
 

@@ -1,4 +1,4 @@
-"""What goes wrong, as the error objects of the OpenAI API."""
+"""Errors, as the error objects of the OpenAI API."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from trimtab_server.engines.vllm.endpoints import MESSAGES
+from trimtab_server.protocol import ANTHROPIC_REQUEST_ID, REQUEST_ID
+
 CLIENT_CLOSED_REQUEST = 499
-"""Not a status of HTTP's: what logs and metrics say of a client that went away before its answer."""
+"""The status in logs and metrics if the client disconnects before the answer. Not an HTTP status."""
 RETRY_AFTER_SECONDS = 5
-REQUEST_ID = "x-request-id"
-ANTHROPIC_REQUEST_ID = "request-id"
-"""The header in which Anthropic's clients look for the request's id."""
-_ANTHROPIC = "/v1/messages"
 _ANTHROPIC_KINDS: Mapping[int, str] = {
     HTTPStatus.BAD_REQUEST: "invalid_request_error",
     HTTPStatus.UNAUTHORIZED: "authentication_error",
@@ -69,7 +68,7 @@ class UnknownModelError(BadRequestError):
 
 
 class ForbiddenError(ApiError):
-    """Nobody may do this here, or not with this key."""
+    """The endpoint is disabled, or the key does not allow it."""
 
     status = HTTPStatus.FORBIDDEN
     kind = "permission_error"
@@ -137,26 +136,26 @@ class OverloadedError(ApiError):
     headers = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
 
 
-class WorkerUnavailableError(ApiError):
-    """No worker of the model takes the request: it starts, restarts, or has failed; nothing was sent."""
+class ReplicaUnavailableError(ApiError):
+    """No replica of the model takes the request: it starts, restarts, or has failed; nothing was sent."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "model_not_ready"
     headers = (("Retry-After", str(RETRY_AFTER_SECONDS)),)
 
 
-class WorkerFailedError(ApiError):
-    """The model's worker took the request and broke off."""
+class ReplicaFailedError(ApiError):
+    """The model's replica took the request and broke off."""
 
     status = HTTPStatus.BAD_GATEWAY
-    code = "worker_failed"
+    code = "replica_failed"
 
 
-class WorkerTimeoutError(ApiError):
-    """The model's worker took the request and fell silent."""
+class ReplicaTimeoutError(ApiError):
+    """The model's replica took the request and fell silent."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
-    code = "worker_timeout"
+    code = "replica_timeout"
 
 
 def _printable(text: str) -> str:
@@ -166,7 +165,7 @@ def _printable(text: str) -> str:
 
 def is_anthropic(path: str) -> bool:
     """Whether clients of the endpoint at `path` read errors in the shape of Anthropic's API."""
-    return path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/")
+    return path == MESSAGES or path.startswith(f"{MESSAGES}/")
 
 
 def body_for(path: str, request_id: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +186,7 @@ def body_for(path: str, request_id: str, status: int, body: dict[str, Any]) -> d
 
 
 def translated(path: str, request_id: str, status: int, content: bytes) -> bytes:
-    """Return a worker's error, as JSON, in the shape of the API that `path` belongs to.
+    """Return a replica's error, as JSON, in the shape of the API that `path` belongs to.
 
     What is no error object stays as it is.
     """
@@ -202,7 +201,7 @@ def translated(path: str, request_id: str, status: int, content: bytes) -> bytes
 
 
 def _answer(request: Request, body: dict[str, Any], status: int, headers: Mapping[str, str]) -> Response:
-    request_id = request.state.exchange.request_id
+    request_id = request.state.log.request_id
     return JSONResponse(
         body_for(request.scope["path"], request_id, status, body), status, headers=dict(headers)
     )
@@ -225,7 +224,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:
-    """Answer a body of the gateway's own endpoints that is not as it should be."""
+    """Answer an invalid body of one of the gateway's own endpoints."""
     if not isinstance(error, ValidationError):
         raise error
     fault = error.errors(include_url=False)[0]
@@ -241,11 +240,11 @@ async def on_disconnect(_: Request, error: Exception) -> Response:
 
 
 async def on_fault(request: Request, _: Exception) -> Response:
-    """Answer what nobody foresaw, without a word of its insides; the log has the traceback."""
-    request_id = request.state.exchange.request_id
+    """Return a generic 500 for unexpected errors. Details go to the log."""
+    request_id = request.state.log.request_id
     # This answer is made outside the middleware that adds the id to all others.
     headers = {REQUEST_ID: request_id}
     if is_anthropic(request.scope["path"]):
         headers[ANTHROPIC_REQUEST_ID] = request_id
-    error = ApiError("The gateway failed; its log has the details.")
+    error = ApiError("Internal error in the gateway. The log has the details.")
     return _answer(request, error.body(), error.status, headers)

@@ -1,4 +1,4 @@
-"""The gateway's metrics, and those of all workers, as one exposition."""
+"""The gateway's metrics, and those of all replicas, as one exposition."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         by_request = (MODEL_LABEL, "endpoint", "control")
-        by_worker = (MODEL_LABEL, REPLICA_LABEL)
+        by_replica = (MODEL_LABEL, REPLICA_LABEL)
         self.requests = Counter(
             "trimtab_gateway_requests",
             "Requests answered. Status 499: the client went away first.",
@@ -56,30 +56,30 @@ class Metrics:
         )
         self.worker_up = Gauge(
             "trimtab_gateway_worker_up",
-            "Whether the worker gave its metrics to this scrape.",
-            by_worker,
+            "Whether the replica gave its metrics to this scrape.",
+            by_replica,
             registry=self.registry,
         )
-        self.outstanding = Gauge(
+        self.replica_in_flight = Gauge(
             "trimtab_gateway_worker_requests",
-            "Requests that the worker has and has not ended.",
-            by_worker,
+            "Requests that the replica has and has not ended.",
+            by_replica,
             registry=self.registry,
         )
         self.restarts = Counter(
             "trimtab_gateway_worker_restarts",
-            "Restarts of a worker, by what went before: it had ended, had not become ready, or hung.",
-            (*by_worker, "cause"),
+            "Restarts of a replica, by what went before: it had ended, had not become ready, or hung.",
+            (*by_replica, "cause"),
             registry=self.registry,
         )
 
     def expose(self, scrapes: Mapping[str, Sequence[str | None]]) -> bytes:
-        """The gateway's metrics and the workers', in Prometheus' text format.
+        """The gateway's metrics and the replicas', in Prometheus' text format.
 
-        A worker's samples are labelled with its model, and with its replica where the model has several.
+        A replica's samples are labelled with its model, and with its replica where the model has several.
 
         Args:
-            scrapes: the expositions of each model's workers, None where one gave none.
+            scrapes: the expositions of each model's replicas, None where one gave none.
         """
         parsed = {model: [_parse(text) for text in texts] for model, texts in scrapes.items()}
         for model, replicas in parsed.items():
@@ -111,7 +111,7 @@ def _parse(text: str | None) -> list[Metric] | None:
 
 
 def _merge(merged: dict[str, Metric], model: str, own: Mapping[str, str], families: Iterable[Metric]) -> None:
-    """Add a worker's families; one that has another type elsewhere is left out: a scrape can't hold both."""
+    """Add a replica's families; one that has another type elsewhere is left out: a scrape can't hold both."""
     for family in families:
         whole = merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
         if whole.type == family.type:

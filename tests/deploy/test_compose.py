@@ -24,9 +24,9 @@ from typer.testing import CliRunner
 
 from served import served
 from serving import free_port, get_json
+from trimtab_server.api.routes import open_routes
 from trimtab_server.cli import app
-from trimtab_server.routes import open_routes
-from trimtab_server.settings import load_settings
+from trimtab_server.config.schema import load_settings
 from trimtab_training.world.families import FAMILIES
 from trimtab_training.world.world import CONTROL, CONTROL_NAME
 

@@ -22,7 +22,7 @@ from served import served
 from serving import ENGINE, engine_environment, gateway
 from trimtab_processors.pack import load_pack
 from trimtab_server.cli import app
-from trimtab_server.settings import load_settings
+from trimtab_server.config.schema import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,4 +1,4 @@
-"""A gateway inside the test's process, in front of workers that have vLLM's interface and no model."""
+"""A gateway inside the test's process, in front of replicas that have vLLM's interface and no model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import tiny
 from fake_vllm import SEEN, make_app
 from served import served
 from trimtab_processors.pack import Pack
-from trimtab_server.app import create_app
-from trimtab_server.controls import Catalogue, load_controls
-from trimtab_server.local import LocalWorker
+from trimtab_server.api.app import create_app
+from trimtab_server.config.schema import Settings, load_settings
+from trimtab_server.controls.registry import ControlRegistry, load_controls
+from trimtab_server.engines.local import LocalReplica
+from trimtab_server.engines.pool import ModelPool
+from trimtab_server.engines.replica import Replica, State
 from trimtab_server.metrics import Metrics
-from trimtab_server.replicas import State, Worker
-from trimtab_server.settings import Settings, load_settings
-from trimtab_server.workers import Workers
 
 
 @pytest.fixture(scope="session")
@@ -65,8 +65,8 @@ def serve(tmp_path):
         yield lambda **config: stack.enter_context(served(tmp_path, **config))
 
 
-class FakeWorkers(Workers):
-    """Workers whose servers, but for those elsewhere, are in this process; `seen` is what each was asked."""
+class FakePool(ModelPool):
+    """A pool whose local servers are in this process; `seen` is what each was asked."""
 
     def __init__(self, settings, metrics):
         super().__init__(settings, metrics)
@@ -79,39 +79,37 @@ class FakeWorkers(Workers):
         await self._all_ready.wait()
         return self
 
-    async def _run(self, worker: Worker) -> None:
-        if not isinstance(worker, LocalWorker):
-            await super()._run(worker)
+    async def _run(self, replica: Replica) -> None:
+        if not isinstance(replica, LocalReplica):
+            await super()._run(replica)
             return
-        worker._directory.mkdir()
-        controls = self._settings.controls_of(worker.id.model)
-        app = make_app(worker.id.model, controls, admin_key=worker._admin_key)
-        self.seen[worker.id.model, worker.id.index] = app[SEEN]
-        self.apps[worker.id.model, worker.id.index] = app
+        replica._directory.mkdir()
+        controls = self._settings.controls_of(replica.id.model)
+        app = make_app(replica.id.model, controls, admin_key=replica._admin_key)
+        self.seen[replica.id.model, replica.id.index] = app[SEEN]
+        self.apps[replica.id.model, replica.id.index] = app
         runner = web.AppRunner(app, handler_cancellation=True)
         await runner.setup()
-        await web.UnixSite(runner, str(worker._socket)).start()
-        await worker.upstream.open()
-        await worker._become_ready()
-        if all(other.state is State.READY for other in self.all if isinstance(other, LocalWorker)):
+        await web.UnixSite(runner, str(replica._socket)).start()
+        await replica.upstream.open()
+        await replica._become_ready()
+        if all(other.state is State.READY for other in self.all if isinstance(other, LocalReplica)):
             self._all_ready.set()
         try:
             await asyncio.Event().wait()
         finally:
-            await worker.upstream.close()
+            await replica.upstream.close()
             await runner.cleanup()
-            worker._output.close()
+            replica._output.close()
 
 
 class Gateway:
     """A client of a gateway in this process, and what is behind it."""
 
-    def __init__(
-        self, client: TestClient, workers: FakeWorkers, metrics: Metrics, settings: Settings
-    ) -> None:
+    def __init__(self, client: TestClient, replicas: FakePool, metrics: Metrics, settings: Settings) -> None:
         self.client = client
         self.settings = settings
-        self.workers = workers
+        self.replicas = replicas
         self.metrics = metrics
 
     def chat(self, *, path: str = "/v1/chat/completions", **body):
@@ -120,12 +118,12 @@ class Gateway:
     def post(self, body: str | bytes, path: str = "/v1/chat/completions", **headers):
         return self.client.post(path, content=body, headers={"content-type": "application/json", **headers})
 
-    def worker(self, model: str, replica: int = 0) -> Worker:
-        return self.workers[model].workers[replica]
+    def replica(self, model: str, replica: int = 0) -> Replica:
+        return self.replicas[model].replicas[replica]
 
     def cut_off(self, model: str, replica: int = 0) -> None:
-        """From now on the worker takes no connection."""
-        self.worker(model, replica)._socket.unlink()
+        """From now on the replica takes no connection."""
+        self.replica(model, replica)._socket.unlink()
 
     @staticmethod
     def error(response) -> dict:
@@ -135,8 +133,8 @@ class Gateway:
         return error
 
     def asked(self, model: str, replica: int = 0) -> list[dict]:
-        """The generating requests that reached the worker."""
-        return self.workers.seen[model, replica]["requests"]
+        """The generating requests that reached the replica."""
+        return self.replicas.seen[model, replica]["requests"]
 
     def last(self, model: str) -> dict:
         """The body of the last one."""
@@ -152,12 +150,12 @@ def start(write_config):
         config.setdefault("models", {"m": {"model": "."}})
         settings = load_settings(write_config(config))
         metrics = Metrics()
-        workers = FakeWorkers(settings, metrics)
-        app = create_app(settings, Catalogue(settings, load_controls(settings)), workers, metrics)
+        replicas = FakePool(settings, metrics)
+        app = create_app(settings, ControlRegistry(settings, load_controls(settings)), replicas, metrics)
         client = TestClient(app, raise_server_exceptions=False)
         client.__enter__()
         running.append(client)
-        return Gateway(client, workers, metrics, settings)
+        return Gateway(client, replicas, metrics, settings)
 
     yield start
     for client in running:

@@ -80,4 +80,4 @@ def test_every_line_of_a_gateway_is_an_object(serve):
     entries = [json.loads(line) for line in gateway.log.splitlines()]
     (request,) = [entry for entry in entries if entry.get("endpoint") == "/version"]
     assert (request["model"], request["status"]) == ("m", 202)
-    assert {"uvicorn.error", "trimtab_server.exchange"} <= {entry["logger"] for entry in entries}
+    assert {"uvicorn.error", "trimtab_server.api.request_log"} <= {entry["logger"] for entry in entries}

@@ -1,4 +1,4 @@
-"""Expositions of several workers become one."""
+"""Expositions of several replicas become one."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from trimtab_processors.pack import load_pack
 from trimtab_processors.parameters import Parameters
 from trimtab_processors.runtime import Runtime
 from trimtab_server.cli import app
-from trimtab_server.prompts import Chat, load_prompter
+from trimtab_server.controls.prompts import Chat, load_renderer
 from trimtab_training.control import pair
 from trimtab_training.control.errors import TrainingError
 from trimtab_training.control.log import RunLog
@@ -165,11 +165,11 @@ def test_the_gateway_and_the_check_read_the_pack(make_pair, tmp_path):
     """With its chat template, which the recipe gives."""
     recipe = make_pair(chat_template=tiny.CONTROL_TEMPLATE, max_steps=1)
     train(recipe)
-    prompter = load_prompter(load_pack(str(recipe.output_dir)))
+    renderer = load_renderer(load_pack(str(recipe.output_dir)))
     tokenizer = load_tokenizer(str(recipe.output_dir / "plus"))
     expected = tokenizer("user says Bada. Then:", add_special_tokens=False).input_ids
-    text = prompter.render(Chat([{"role": "user", "content": "Bada"}]))
-    assert prompter.encode(text, limit=100) == expected
+    text = renderer.render(Chat([{"role": "user", "content": "Bada"}]))
+    assert renderer.encode(text, limit=100) == expected
     config = {"models": {"m": {"model": "org/name"}}, "controls": {"polite": str(recipe.output_dir)}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     result = CliRunner().invoke(app, ["check", str(tmp_path / "config.yaml")])

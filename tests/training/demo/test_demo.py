@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from serving import free_port
-from trimtab_server.settings import load_settings
+from trimtab_server.config.schema import load_settings
 from trimtab_training.demo import demo
 from trimtab_training.world.evaluate import Figure
 
