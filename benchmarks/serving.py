@@ -222,7 +222,7 @@ def _process(
     ]
     if plugin is not None:
         command += ["--additional-config", json.dumps({"trimtab": plugin})]
-        command += ["--logits-processors", "trimtab_processors.vllm_v1:ControlProcessor"]
+        command += ["--logits-processors", "trimtab_processors:ControlProcessor"]
     (directory / "metrics").mkdir()
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": str(space),  # GiB

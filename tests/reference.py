@@ -237,7 +237,7 @@ class Reference:
         until: int = 0,
         seen: Callable[[torch.Tensor, list[int]], torch.Tensor] = lambda logits, _: logits,
     ) -> Iterator[torch.Tensor]:
-        """The controlled logits before each token of `forced`; those after the first `until` are the target's.
+        """The controlled logits before each token of `forced`; after the first `until`, the target's.
         Only the `top_k` likeliest tokens are shifted, and those at least `min_p` as likely as the
         likeliest, where it says so. `seen` makes of the target's logits, and what it said so far, those that
         the control sees."""

@@ -38,8 +38,6 @@ ControlName = Annotated[str, Field(pattern=NAME_PATTERN), AfterValidator(_not_re
 Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)]
 RoutingName = Literal["pm-mined", "path", "pieces"]
 """How shifts reach the target's tokens."""
-RequestRouting = RoutingName
-ONLY_PM_MINED = ONLY_V2_ROUTINGS
 
 
 class PackError(ValueError):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
 
-from trimtab_processors.pack import ControlName, RequestRouting, Strength
+from trimtab_processors.pack import ControlName, RoutingName, Strength
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,17 +35,13 @@ class ParametersError(ValueError):
     """A request's parameters are malformed; the message names the key and the value."""
 
 
-class Parameters(BaseModel):
-    """One control of one request."""
+class ControlOptions(BaseModel):
+    """How a control steers a request. Bodies, headers, aliases and xargs all carry these."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    control: ControlName
-    """The control's name, as the worker was configured with."""
     strength: Strength | None = None
     """The factor on the shift; None: the pack's own."""
-    prompt: tuple[Annotated[StrictInt, Field(ge=0)], ...] | None = None
-    """The control's prompt in the control's token ids; None: the text of the target's prompt."""
     top_k: TopK | None = None
     """Only so many of the target's likeliest tokens are shifted; None: all of them.
 
@@ -58,8 +54,17 @@ class Parameters(BaseModel):
     """
     until: Until | None = None
     """The number of generated tokens after which the control lets go; None: never."""
-    routing: RequestRouting | None = None
-    """How the shift reaches the target's tokens; None: as the engine is set up."""
+    routing: RoutingName | None = None
+    """How the shift reaches the target's tokens; None: as the model or the pack says."""
+
+
+class Parameters(ControlOptions):
+    """One control of one request."""
+
+    control: ControlName
+    """The control's name, as the engine knows it."""
+    prompt: tuple[Annotated[StrictInt, Field(ge=0)], ...] | None = None
+    """The control's prompt in the control's token ids; None: the text of the target's prompt."""
 
 
 def _listed(value: Any) -> Any:

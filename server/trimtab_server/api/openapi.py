@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trimtab_processors.pack import MAX_STRENGTH, ControlName, RequestRouting
-from trimtab_processors.parameters import MAX_TOP_K
+from trimtab_processors.pack import ControlName
+from trimtab_server.controls.request import Selection
 from trimtab_server.protocol import CONTROL_HEADER
 
 
@@ -83,20 +83,7 @@ ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {
 }
 """Errors of `/v1/messages`: Anthropic's shape, and OpenAI's where vLLM refuses the body itself."""
 
-_CONTROL_OBJECT: dict[str, Any] = {
-    "type": "object",
-    "required": ["name"],
-    "additionalProperties": False,
-    "properties": {
-        "name": {"type": "string"},
-        "strength": {"type": ["number", "null"], "minimum": -MAX_STRENGTH, "maximum": MAX_STRENGTH},
-        "top_k": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_TOP_K},
-        "routing": {
-            "description": "How the shift reaches the model's tokens; by default as `/v1/controls` says.",
-            "enum": [*get_args(RequestRouting), None],
-        },
-    },
-}
+_CONTROL_OBJECT: dict[str, Any] = Selection.model_json_schema()
 _CONTROL: dict[str, Any] = {
     "description": (
         "The controls of this request: false for none, true for the model's default or only one, a name, an"

@@ -14,7 +14,7 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
-from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED, ControlName
+from trimtab_processors.pack import ONLY_V2_ROUTINGS, V2_ROUTINGS, ControlName
 from trimtab_processors.settings import DEFAULT_TABLES, PluginSettings
 from trimtab_server.config.sections import Cors, Limits, ReplicaSettings, Restarts, Section, Timeouts, Tls
 from trimtab_server.config.sources import Override, describe, overlay, parse_yaml, read_environment
@@ -74,8 +74,8 @@ class ModelSettings(Section):
 
     @model_validator(mode="after")
     def _has_the_routing(self) -> Self:
-        if self.runner == "v2" and self.plugin.routing not in (None, PM_MINED):
-            raise ValueError(f"plugin.routing {self.plugin.routing!r}: {ONLY_PM_MINED}")
+        if self.runner == "v2" and self.plugin.routing not in (None, *V2_ROUTINGS):
+            raise ValueError(f"plugin.routing {self.plugin.routing!r}: {ONLY_V2_ROUTINGS}")
         return self
 
 

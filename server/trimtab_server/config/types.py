@@ -22,8 +22,8 @@ from trimtab_processors.settings import PluginSettings
 from trimtab_server.engines.vllm.endpoints import is_disabled
 from trimtab_server.engines.vllm.flags import (
     CONTROL_PROCESSOR,
-    CONTROL_PROCESSORS,
     RESERVED_FLAGS,
+    RUNNER_PROCESSORS,
     RUNNER_VARIABLE,
 )
 
@@ -83,11 +83,7 @@ def _environment(variables: dict[str, str]) -> dict[str, str]:
 
 
 def _processor(name: str) -> str:
-    if name == CONTROL_PROCESSORS["v2"]:
-        raise ValueError(
-            f"write {CONTROL_PROCESSOR!r} and set `runner: v2`, which puts the right one in its place"
-        )
-    return name
+    return CONTROL_PROCESSOR if name in RUNNER_PROCESSORS else name
 
 
 def require_pattern(text: str) -> str:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trimtab_mappings import VocabularyError
-from trimtab_processors.pack import ONLY_PM_MINED, PM_MINED, Pack, PackError, RequestRouting, load_pack
-from trimtab_processors.parameters import PREFIX, Parameters
+from trimtab_processors.pack import ONLY_V2_ROUTINGS, PATH, V2_ROUTINGS, Pack, PackError, load_pack
+from trimtab_processors.parameters import PREFIX, ControlOptions, Parameters
 from trimtab_server.config.schema import Settings
 from trimtab_server.config.types import SettingsError
 from trimtab_server.controls.prompts import PromptRenderer, load_renderer
@@ -59,26 +59,22 @@ class ResolvedControl:
     """A control at a strength, as one request gets it."""
 
     control: Control
-    strength: float
-    top_k: int | None = None
-    """Only so many of the target's likeliest tokens are shifted; None: all of them."""
-    routing: RequestRouting | None = None
-    """How the shift reaches the target's tokens; None: as the replica is set up."""
+    options: ControlOptions
+
+    @property
+    def strength(self) -> float:
+        return self.control.pack.strength if self.options.strength is None else self.options.strength
 
     def __str__(self) -> str:
-        options = {"top_k": self.top_k, "routing": self.routing}
-        said = (f";{key}={value}" for key, value in options.items() if value is not None)
+        options = self.options.model_dump(exclude={"strength"}, exclude_none=True)
+        said = (f";{key}={value}" for key, value in options.items())
         return f"{self.control.name}={self.strength!r}{''.join(said)}"
 
     def parameters(self, prompt: Sequence[int] | None) -> Parameters:
         """What the plugin is told; without a `prompt` of the control's own it takes the target's text."""
-        return Parameters(
-            control=self.control.name,
-            strength=self.strength,
-            prompt=None if prompt is None else tuple(prompt),
-            top_k=self.top_k,
-            routing=self.routing,
-        )
+        own = None if prompt is None else tuple(prompt)
+        options = self.options.model_dump() | {"strength": self.strength}
+        return Parameters(control=self.control.name, prompt=own, **options)
 
 
 ResolvedControls = Sequence[ResolvedControl]
@@ -185,10 +181,9 @@ class ControlRegistry:
                 param=param,
                 code="control_not_found",
             )
-        if selection.routing not in (None, PM_MINED) and self._runners[model] == "v2":
-            raise BadRequestError(f"routing {selection.routing!r}: {ONLY_PM_MINED}", param=param)
-        strength = control.pack.strength if selection.strength is None else selection.strength
-        return ResolvedControl(control, strength, selection.top_k, selection.routing)
+        if selection.routing not in (None, *V2_ROUTINGS) and self._runners[model] == "v2":
+            raise BadRequestError(f"routing {selection.routing!r}: {ONLY_V2_ROUTINGS}", param=param)
+        return ResolvedControl(control, ControlOptions(**selection.model_dump(exclude={"name"})))
 
     def _default(self, model: str) -> Sequence[Selection]:
         default = self._defaults[model]
@@ -248,14 +243,14 @@ def refuse_own_xargs(body: Mapping[str, Any]) -> None:
 
 
 def _require_its_routing(control: Control, settings: Settings) -> None:
-    if control.pack.routing in (None, PM_MINED):
+    if control.pack.routing in (None, *V2_ROUTINGS):
         return
     for name in control.models:
         model = settings.models[name]
         if model.runner == "v2" and model.plugin.routing is None:
             raise SettingsError(
                 f"controls.{control.name}: its pack's routing is {control.pack.routing!r}, but models.{name}"
-                f" has runner v2: {ONLY_PM_MINED} (`plugin: {{routing: {PM_MINED}}}`, `runner: v1`)"
+                f" has runner v2: {ONLY_V2_ROUTINGS} (`plugin: {{routing: {PATH}}}`, `runner: v1`)"
             )
 
 

@@ -7,13 +7,12 @@ was applied.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError
 
-from trimtab_processors.pack import RequestRouting, Strength
-from trimtab_processors.parameters import MAX_CONTROLS, TopK
+from trimtab_processors.parameters import MAX_CONTROLS, ControlOptions
 from trimtab_server.errors import BadRequestError
 
 FIELD = "control"
@@ -24,30 +23,33 @@ MAX_DIGITS = 400
 OFF, ON = "off", "on"
 _MAX_ALIAS = 1024
 """Characters. The answer to an alias repeats it, a stream in every event."""
+_OPTIONS = [option for option in ControlOptions.model_fields if option != "strength"]
 _TERM = re.compile(
-    r"(?P<name>[^=;,\s]+)(=(?P<strength>[^=;,\s]+))?(?P<options>(;\s*(top_k|routing)=[^=;,\s]+)*)"
+    r"(?P<name>[^=;,\s]+)(=(?P<strength>[^=;,\s]+))?"
+    rf"(?P<options>(;\s*({'|'.join(_OPTIONS)})=[^=;,\s]+)*)"
 )
 # As in JSON: float() and int() would also take 1_0, +1, .5 and the digits of other scripts.
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(_INTEGER.pattern + r"(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-_GRAMMAR = "a name: it takes NAME[=STRENGTH][;top_k=N][;routing=NAME], several with commas"
+_NUMBERS: Mapping[str, tuple[re.Pattern[str], Callable[[str], float]]] = {
+    **dict.fromkeys(("top_k", "until"), (_INTEGER, int)),
+    **dict.fromkeys(("strength", "min_p"), (_NUMBER, float)),
+}
+_GRAMMAR = (
+    f"a name: it takes NAME[=STRENGTH][;OPTION=VALUE], several with commas; options: {', '.join(_OPTIONS)}"
+)
 _FORMS = (
-    "true, false, a name, an object with name, strength, top_k and routing, or a list of names and objects"
+    "true, false, a name, an object with name, strength, top_k, min_p, until and routing, or a list of names"
+    " and objects"
 )
 
 
-class Selection(BaseModel):
+class Selection(ControlOptions):
     """One control that a request asks for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: str
-    strength: Strength | None = None
-    """None: its pack's own."""
-    top_k: TopK | None = None
-    """Only so many of the target's likeliest tokens are shifted; None: all of them."""
-    routing: RequestRouting | None = None
-    """How the shift reaches the target's tokens; None: as the model or the pack says."""
 
 
 ControlRequest = bool | Sequence[Selection]
@@ -107,9 +109,9 @@ def _term(term: str, param: str) -> Selection:
     said: dict[str, Any] = dict(options)
     if len(said) < len(options):
         raise BadRequestError(f"{param}: an option stands twice in {term[:80]!r}", param=param)
-    said |= {"top_k": _number(said["top_k"], _INTEGER, int, param)} if "top_k" in said else {}
-    strength = None if found["strength"] is None else _number(found["strength"], _NUMBER, float, param)
-    return _validated({"name": found["name"], "strength": strength, **said}, param)
+    said |= {} if found["strength"] is None else {"strength": found["strength"]}
+    said |= {name: _number(said[name], *form, param) for name, form in _NUMBERS.items() if name in said}
+    return _validated({"name": found["name"], **said}, param)
 
 
 def _number(text: str, form: re.Pattern[str], convert: Callable[[str], float], param: str) -> float:

@@ -6,7 +6,7 @@ import pytest
 
 from trimtab_server.config.schema import load_settings
 from trimtab_server.config.types import SettingsError
-from trimtab_server.engines.vllm.flags import CONTROL_PROCESSOR, CONTROL_PROCESSORS
+from trimtab_server.engines.vllm.flags import CONTROL_PROCESSOR, RUNNER_PROCESSORS
 
 ONE = {"m": {"model": "org/name"}}
 
@@ -30,6 +30,9 @@ def test_a_model_is_all_that_is_needed_and_nobody_else_can_reach_it(write_config
     settings = load_settings(write_config({"models": ONE}))
     assert settings.host == "127.0.0.1"
     assert settings.models["m"].processors == (CONTROL_PROCESSOR,)
+    for name in RUNNER_PROCESSORS:  # as it was called before
+        model = {"model": "org/name", "processors": [name]}
+        assert load_settings(write_config({"models": {"m": model}})).models["m"].processors == (CONTROL_PROCESSOR,)
     assert settings.api_keys == frozenset()
     assert settings.limits.body_bytes == 32 * 1024 * 1024
 
@@ -56,7 +59,6 @@ def test_what_can_not_run_beside_a_control_is_refused_at_start(refusal, write_co
     ("model", "said"),
     [
         ({"env": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}, "models.m.env: VLLM_USE_V2_MODEL_RUNNER is set by"),
-        ({"processors": [CONTROL_PROCESSORS["v2"]]}, f"models.m.processors.0: write {CONTROL_PROCESSOR!r}"),
     ],
 )
 def test_there_is_one_way_to_choose_the_model_runner(refusal, model, said):
@@ -64,9 +66,9 @@ def test_there_is_one_way_to_choose_the_model_runner(refusal, model, said):
 
 
 def test_a_routing_that_the_v2_model_runner_lacks_is_refused_at_start(refusal, write_config):
-    models = {"m": {"model": "org/name", "runner": "v2", "plugin": {"routing": "path"}}}
+    models = {"m": {"model": "org/name", "runner": "v2", "plugin": {"routing": "pieces"}}}
     assert refusal({"models": models}).startswith(
-        "models.m: plugin.routing 'path': vLLM's V2 model runner has"
+        "models.m: plugin.routing 'pieces': vLLM's V2 model runner has"
     )
     models["m"]["plugin"]["routing"] = "pm-mined"
     assert load_settings(write_config({"models": models})).models["m"].plugin.routing == "pm-mined"

@@ -81,7 +81,7 @@ def test_processors_stand_in_the_order_that_is_configured(command):
 
 def test_the_v2_model_runner_has_a_plugin_of_its_own_and_keeps_asynchronous_scheduling(command):
     words = command(controls={"c": "org/c"}, runner="v2")
-    assert value_of(words, "--logits-processors") == "trimtab_processors.vllm_v2:ControlProcessor"
+    assert value_of(words, "--logits-processors") == CONTROL_PROCESSOR
     assert json.loads(value_of(words, "--additional-config"))["trimtab"]["controls"] == {"c": "org/c"}
     assert "--no-async-scheduling" not in words
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.engine
 LONG = {"n": 32, "max_tokens": 200, "temperature": 1, "stream": True}
 WORKER = {
     "args": ENGINE | {"max-num-seqs": 2},
-    "processors": ["trimtab_processors.vllm_v1:ControlProcessor", "slow_engine:Slow"],
+    "processors": ["trimtab_processors:ControlProcessor", "slow_engine:Slow"],
     "env": engine_environment(0) | {"PYTHONPATH": str(Path(__file__).parents[2])},
 }
 

@@ -11,7 +11,7 @@ from trimtab_mappings import Vocabulary, load_encoder, load_tokenizer
 from trimtab_mappings.vocabulary import VocabularyError
 from trimtab_processors.alignment import Aligner
 from trimtab_processors.control import Target
-from trimtab_processors.pack import PackError, RequestRouting, load_pack
+from trimtab_processors.pack import PackError, RoutingName, load_pack
 from trimtab_processors.parameters import Parameters
 from trimtab_processors.runtime import Request, Runtime
 from trimtab_training.evaluation.recipe import EvalRecipe
@@ -25,7 +25,7 @@ class Setting(NamedTuple):
     """How a control is applied."""
 
     strength: float
-    routing: RequestRouting | None
+    routing: RoutingName | None
     """None: without control, at strength 0."""
 
 

@@ -15,7 +15,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from trimtab_processors.alignment import common_prefix
-from trimtab_processors.pack import RequestRouting
+from trimtab_processors.pack import RoutingName
 from trimtab_processors.settings import DEFAULT_TABLES
 from trimtab_training.evaluation.control import LoadedControl, Setting
 from trimtab_training.evaluation.offline import Asked, Offline, batched, cut
@@ -36,7 +36,7 @@ class ControlledLM(LM):
         control: str | None = None,
         *,
         strength: float = 1.0,
-        routing: RequestRouting = "path",
+        routing: RoutingName = "path",
         dtype: str = "float32",
         device: str | None = None,
         batch_size: int | str = 16,

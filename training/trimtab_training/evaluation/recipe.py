@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from trimtab_processors.pack import RequestRouting, Strength
+from trimtab_processors.pack import RoutingName, Strength
 from trimtab_processors.settings import DEFAULT_TABLES
 from trimtab_training.evaluation.scores import REFUSALS, ScoreName
 from trimtab_training.recipe_file import Section
 
-_PATH: RequestRouting = "path"
+_PATH: RoutingName = "path"
 NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}$"
 
 
@@ -140,7 +140,7 @@ class EvalRecipe(Section):
     """The base URL of a running gateway, which is asked instead of a model here: http://localhost:8000/v1."""
     strengths: Annotated[tuple[Strength, ...], BeforeValidator(_listed), Field(min_length=1)] = (0.0, 1.0)
     """Strength 0 is the target without control."""
-    routings: Annotated[tuple[RequestRouting, ...], BeforeValidator(_listed), Field(min_length=1)] = (_PATH,)
+    routings: Annotated[tuple[RoutingName, ...], BeforeValidator(_listed), Field(min_length=1)] = (_PATH,)
     groups: tuple[Group, ...] = ()
     tofu: TofuSettings | None = None
     system_prompt: str | None = None

@@ -13,7 +13,7 @@ from trimtab_processors.settings import KEY as PLUGIN_KEY
 from trimtab_processors.settings import PluginSettings
 from trimtab_server.config.schema import ModelSettings, Settings
 from trimtab_server.config.sections import ReplicaSettings
-from trimtab_server.engines.vllm.flags import CONTROL_PROCESSOR, CONTROL_PROCESSORS, RUNNER_VARIABLE
+from trimtab_server.engines.vllm.flags import CONTROL_PROCESSOR, RUNNER_VARIABLE
 
 VLLM = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 _DEFAULT_FLAGS: Mapping[str, Any] = {
@@ -99,9 +99,8 @@ def _given(plugin: PluginSettings) -> dict[str, Any]:
 
 
 def _processors(model: ModelSettings, *, controlled: bool) -> list[str]:
-    """The model's processors; ours, for its runner, only where it has something to do."""
-    chosen = [name for name in model.processors if controlled or name != CONTROL_PROCESSOR]
-    return [CONTROL_PROCESSORS[model.runner] if name == CONTROL_PROCESSOR else name for name in chosen]
+    """The model's processors; ours only if it has something to do."""
+    return [name for name in model.processors if controlled or name != CONTROL_PROCESSOR]
 
 
 def _flags(args: Mapping[str, Any]) -> Iterator[str]:

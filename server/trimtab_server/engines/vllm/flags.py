@@ -5,17 +5,13 @@ This module imports nothing of the server, so that the configuration can check w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 Runner = Literal["v1", "v2"]
-CONTROL_PROCESSORS: Mapping[Runner, str] = {
-    "v1": "trimtab_processors.vllm_v1:ControlProcessor",
-    "v2": "trimtab_processors.vllm_v2:ControlProcessor",
-}
-"""The plugin for each of vLLM's model runners."""
-CONTROL_PROCESSOR = CONTROL_PROCESSORS["v1"]
-"""Its name in a model's list of processors, whatever the runner."""
+CONTROL_PROCESSOR = "trimtab_processors:ControlProcessor"
+"""The plugin, for either of vLLM's model runners."""
+RUNNER_PROCESSORS = tuple(f"trimtab_processors.vllm_{runner}:ControlProcessor" for runner in get_args(Runner))
+"""Its names for one runner, which a configuration may still have."""
 RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 RESERVED_FLAGS = frozenset(
     {
