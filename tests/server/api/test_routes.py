@@ -27,7 +27,7 @@ def test_an_unknown_model_is_404_and_names_those_that_there_are(start):
     assert response.status_code == 404
     error = gateway.error(response)
     assert (error["param"], error["code"]) == ("model", "model_not_found")
-    assert "there is: a, b" in error["message"]
+    assert "Available models: a, b" in error["message"]
 
 
 @pytest.mark.parametrize("model", [{}, {"model": None}])

@@ -121,7 +121,7 @@ def test_without_admin_keys_nobody_may(start, root, monkeypatch):
     monkeypatch.delenv("TRIMTAB_ADMIN_KEYS")
     response = load(start(control_roots=["root"]))
     assert response.status_code == 403
-    assert "no admin keys" in response.json()["error"]["message"]
+    assert "Admin endpoints are disabled" in response.json()["error"]["message"]
 
 
 def test_without_roots_nothing_can_be_loaded(start, root):

@@ -164,7 +164,7 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_stands(two_models, body, t
 def test_true_is_refused_where_it_could_mean_several(two_models):
     response = two_models.chat(model="plain", control=True)
     assert response.status_code == 400
-    assert "name one of: one, two" in two_models.error(response)["message"]
+    assert "Available controls: one, two" in two_models.error(response)["message"]
 
 
 def test_a_chat_gets_a_prompt_in_the_controls_template_and_tokens(two_models, pack):
