@@ -119,6 +119,9 @@ def world(family, runner, tmp_path_factory):
         for control, (model, options) in controls.items()
         for routing, make in routings.items()
     }
+    if runner == V2:  # a control has room to look ahead, whatever routing a request has
+        for name in controls:
+            references[f"{name} pm-mined"].window = references[f"{name} path"].window
     return World(runner, family.b, {name: places[name] for name in controls}, references)
 
 
@@ -280,10 +283,10 @@ CONTROLS = ("other", "chars", "bytes", "pair")
 def test_requests_that_join_and_leave_are_preempted_and_share_a_step_with_other_controls(world, starved):
     """Twenty-four at once for an engine with room for a few, under four controls and none."""
     before = starved.metric("vllm:num_preemptions_total")
-    asks = []
+    asks, longer = [], 3 if world.runner == V1 else 1  # an interpreter runs V2's kernels
     for number, prompt in enumerate(prompts(world, 24, seed=1)):
         control = (*CONTROLS, None)[number % 5]
-        options = {"tokens": 20 + 3 * number, "body": {"ignore_eos": True}, "drafts": world.drafts}
+        options = {"tokens": 20 + longer * number, "body": {"ignore_eos": True}, "drafts": world.drafts}
         strength = (1.0, -1.0, 0.5)[number % 3]
         options["routing"] = world.routings[number % len(world.routings)]
         asks.append(
@@ -293,7 +296,7 @@ def test_requests_that_join_and_leave_are_preempted_and_share_a_step_with_other_
         )
     choices = complete_all(starved, asks)
     assert starved.metric("vllm:num_preemptions_total") > before
-    assert sum(check(world, ask, choice) for ask, choice in zip(asks, choices, strict=True)) > 1000
+    assert sum(check(world, ask, choice) for ask, choice in zip(asks, choices, strict=True)) > 700
 
 
 def test_a_prompt_that_is_read_in_pieces_is_counted_once(world, starved):
@@ -529,14 +532,14 @@ def test_the_shifts_of_several_controls_are_summed(world, server):
     """Each at its own strength, with its own prompt or the target's, and its own guard, which sees the logits
     of the target alone."""
     prompt = prompts(world, 1, seed=16)[0]
-    given = [("other", 1.0, 0), ("chars", -0.5, 7), ("pair", 0.7, 0)]
-    own = {name: own_prompt(world, name) for name in ("other", "chars")}
+    given = [("other", 1.0, 0), ("bytes", -0.5, 7), ("pair", 0.7, 0)]
+    own = {name: own_prompt(world, name) for name in ("other", "bytes")}
     xargs = {
         "trimtab_control": [name for name, _, _ in given],
         "trimtab_strength": [strength for _, strength, _ in given],
         "trimtab_top_k": [top_k for _, _, top_k in given],
-        "trimtab_prompt": own["other"] + own["chars"],
-        "trimtab_prompt_lengths": [len(own["other"]), len(own["chars"]), -1],
+        "trimtab_prompt": own["other"] + own["bytes"],
+        "trimtab_prompt_lengths": [len(own["other"]), len(own["bytes"]), -1],
     }
     ask = Ask(prompt, tokens=24)
     request = ask.request()

@@ -32,7 +32,9 @@ def test_a_model_is_all_that_is_needed_and_nobody_else_can_reach_it(write_config
     assert settings.models["m"].processors == (CONTROL_PROCESSOR,)
     for name in RUNNER_PROCESSORS:  # as it was called before
         model = {"model": "org/name", "processors": [name]}
-        assert load_settings(write_config({"models": {"m": model}})).models["m"].processors == (CONTROL_PROCESSOR,)
+        assert load_settings(write_config({"models": {"m": model}})).models["m"].processors == (
+            CONTROL_PROCESSOR,
+        )
     assert settings.api_keys == frozenset()
     assert settings.limits.body_bytes == 32 * 1024 * 1024
 
