@@ -49,8 +49,10 @@ BASE_MODELS = {
 """Chat templates of models that have none."""
 ALONE, PROMPTED, ADAPTED, SERVED = "control", "system-prompt", "lora", "served"
 EVALUATION = "evaluation.yaml"
+STYLE = "short-answers"
+"""The task that is about an answer's length."""
+SHORT, SHORT_WORDS = "three words at most", 3
 LORA = Path(__file__).resolve().with_name("lora.py")
-
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
 ROUTINGS = ("path", "pm-mined")
 
@@ -198,28 +200,43 @@ class Experiment:
         return sorted(each.parent for each in found)
 
     def _kept_cells(self, target: str, name: str) -> Cells:
-        files = [place / "results.json" for place in self._results(target, name)]
-        return [cell for file in files for cell in json.loads(file.read_bytes())["cells"]]
+        return [cell for place in self._results(target, name) for cell in self._cells(place)]
 
     def _evaluate(self, target: str, name: str, *options: str, recipe: str = EVALUATION) -> Cells:
         place = self.directory / "results" / f"{target}-{name}"
         if not (place / "results.json").is_file():
             words = ("-m", "trimtab_server", "eval", recipe, f"--output_dir={place}")
             self._run(*words, "--overwrite_output_dir=true", *options)
+        return self._cells(place)
+
+    def _cells(self, place: Path) -> Cells:
         cells: Cells = json.loads((place / "results.json").read_bytes())["cells"]
-        return cells
+        return [*cells, *_short(_read_answers(place))] if self.task == STYLE else cells
 
     def _answers(self, target: str, name: str) -> dict[tuple[Any, ...], str]:
-        texts = {}
-        for place in self._results(target, name):
-            for line in (place / "answers.jsonl").read_text(encoding="utf-8").splitlines():
-                answer = json.loads(line)
-                key = (answer["group"], answer["number"], answer["strength"], answer["routing"])
-                texts[key] = answer["text"]
-        return texts
+        answers = [each for place in self._results(target, name) for each in _read_answers(place)]
+        keys = ("group", "number", "strength", "routing")
+        return {tuple(each[key] for key in keys): each["text"] for each in answers}
 
     def _run(self, *words: str) -> None:
         subprocess.run([sys.executable, *words], cwd=self.directory, check=True)
+
+
+def _read_answers(place: Path) -> list[dict[str, Any]]:
+    lines = (place / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _short(answers: Sequence[Mapping[str, Any]]) -> Cells:
+    """The shares of answers that have at most three words, whatever they say."""
+    keys = ("group", "strength", "routing")
+    settings = dict.fromkeys(tuple(each[key] for key in keys) for each in answers)
+    cells = []
+    for setting in settings:
+        texts = [each["text"] for each in answers if tuple(each[key] for key in keys) == setting]
+        share = sum(len(text.split()) <= SHORT_WORDS for text in texts) / len(texts)
+        cells.append({**dict(zip(keys, setting, strict=True)), "score": SHORT, "mean": share})
+    return cells
 
 
 def _stop(target: str) -> list[str]:
