@@ -51,7 +51,7 @@ ALONE, PROMPTED, ADAPTED, SERVED = "control", "system-prompt", "lora", "served"
 EVALUATION = "evaluation.yaml"
 STYLE = "short-answers"
 """The task that is about an answer's length."""
-SHORT, SHORT_WORDS = "three words at most", 3
+SHORT, SHORT_WORDS = "one to three words", 3
 LORA = Path(__file__).resolve().with_name("lora.py")
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
 ROUTINGS = ("path", "pm-mined")
@@ -228,13 +228,13 @@ def _read_answers(place: Path) -> list[dict[str, Any]]:
 
 
 def _short(answers: Sequence[Mapping[str, Any]]) -> Cells:
-    """The shares of answers that have at most three words, whatever they say."""
+    """Return the shares of answers that have one to three words, whatever they say."""
     keys = ("group", "strength", "routing")
     settings = dict.fromkeys(tuple(each[key] for key in keys) for each in answers)
     cells = []
     for setting in settings:
         texts = [each["text"] for each in answers if tuple(each[key] for key in keys) == setting]
-        share = sum(len(text.split()) <= SHORT_WORDS for text in texts) / len(texts)
+        share = sum(1 <= len(text.split()) <= SHORT_WORDS for text in texts) / len(texts)
         cells.append({**dict(zip(keys, setting, strict=True)), "score": SHORT, "mean": share})
     return cells
 
