@@ -450,6 +450,11 @@ class DeviceControl:
         """Whether only tokens that the target finds likely are shifted for some of `slots`."""
         return bool((self.members & ((self._top_k > 0) | (self._min_p > 0)))[slots].any())
 
+    def needs_own(self, slots: NDArray[np.int64]) -> bool:
+        """Whether the shift of some of `slots` depends on the target's own logits."""
+        looks = bool(self._path.longest) and bool((self.members & (self._routing == _PATH))[slots].any())
+        return looks or self.guards(slots)
+
     def apply(self, logits: Tensor, own: Tensor, batch: Batch, drafts: Tensor | None) -> None:
         """Shift the rows of the requests under this control in place.
 
@@ -713,7 +718,7 @@ class DeviceRuntime:
 
     def _shift(self, logits: Tensor, batch: Batch, active: Sequence[DeviceControl]) -> None:
         drafts = self._drafts(batch)
-        several = len(active) > 1 and any(control.guards(batch.slots) for control in active)
+        several = len(active) > 1 and any(control.needs_own(batch.slots) for control in active)
         own = logits.clone() if several else logits
         with self._measuring(logits, batch, active):
             for control in active:

@@ -148,14 +148,14 @@ class ReplicaFailedError(ApiError):
     """The model's replica took the request and broke off."""
 
     status = HTTPStatus.BAD_GATEWAY
-    code = "replica_failed"
+    code = "worker_failed"
 
 
 class ReplicaTimeoutError(ApiError):
     """The model's replica took the request and fell silent."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
-    code = "replica_timeout"
+    code = "worker_timeout"
 
 
 def _printable(text: str) -> str:

@@ -25,7 +25,8 @@ def test_the_table_has_medians_over_the_seeds_and_what_a_user_would_do_instead_b
     for seed, mean in ((1, 0.5), (2, 1.0), (3, 0.75)):
         directory = tmp_path / "kept" / f"name-{seed}"
         results = directory / "results"
-        keep(results / "smollm2-control", cell(0, None, 0.25), cell(1, "path", mean), cell(1, "pm-mined", 0))
+        keep(results / "smollm2-control-0-1-path", cell(0, None, 0.25), cell(1, "path", mean))
+        keep(results / "smollm2-control-1-pm-mined", cell(1, "pm-mined", 0))
         keep(results / "smollm2-system-prompt", cell(0, None, 0.125))
         keep(results / "smollm2-lora", cell(0, None, 0.875))
         (directory / "lora-smollm2").mkdir()
@@ -33,7 +34,8 @@ def test_the_table_has_medians_over_the_seeds_and_what_a_user_would_do_instead_b
         (directory / "pack").mkdir()
         (directory / "pack" / "trimtab.json").write_text(json.dumps({"training": {"seconds": 12.0}}))
     places = [f"--models={tmp_path / 'models'}", f"--kept={tmp_path / 'kept'}"]
-    command = [sys.executable, str(BENCHMARK), *places, "--task=name", "--target=smollm2", "--lora"]
+    grid = ["--strength=0", "--strength=1"]
+    command = [sys.executable, str(BENCHMARK), *places, "--task=name", "--target=smollm2", "--lora", *grid]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "| target | questions | score | 0 | 1 path | 1 pm-mined | system prompt | LoRA |" in done.stdout

@@ -143,7 +143,9 @@ def _validated(value: dict[str, Any], param: str) -> Selection:
         fault = error.errors(include_url=False)[0]
         place = ".".join(map(str, (param, *fault["loc"])))[:80]
         if fault["type"] == "extra_forbidden":
-            message = f"{place}: unknown key; a control has: {', '.join(Selection.model_fields)}"
+            message = (
+                f"{place}: unknown key; a control has: {', '.join(('name', *ControlOptions.model_fields))}"
+            )
         elif fault["type"] == "missing":
             message = f"{place}: {fault['msg']}"
         else:

@@ -153,7 +153,7 @@ def test_a_worker_that_dies_is_started_again_and_the_request_it_had_fails(gatewa
     with restarted(gateway, "plain"):
         with pytest.raises(openai.APIStatusError) as broken:
             ask(gateway.client(), "plain", extra_body={"fake": {"die": "before"}})
-        assert (broken.value.status_code, broken.value.code) == (502, "replica_failed")
+        assert (broken.value.status_code, broken.value.code) == (502, "worker_failed")
         assert ask(gateway.client(), "steered").choices
     assert ask(gateway.client(), "plain").choices
     with urllib.request.urlopen(f"{gateway.url}/metrics") as response:
@@ -196,7 +196,7 @@ def test_a_worker_that_is_killed_under_load_fails_what_it_had_and_no_other_model
                 list(broken)
         for thread in waiting:
             thread.join(10)
-        assert failures == [(502, "replica_failed")] * 8
+        assert failures == [(502, "worker_failed")] * 8
         assert ask(gateway.client(), "steered").choices
         assert [len(list(whole)) for whole in streams["steered"]] == [7] * 4
     assert ask(gateway.client(), "plain").choices
@@ -247,7 +247,7 @@ def test_a_worker_that_falls_silent_is_504_or_an_error_event_and_its_request_is_
     gateway = serve(timeouts={"idle": 0.5}).wait_until_ready()
     with pytest.raises(openai.APIStatusError, match=r"0\.5 s \(timeouts\.idle\)") as silent:
         ask(gateway.client(), extra_body={"fake": {"delay": 60}})
-    assert (silent.value.status_code, silent.value.code) == (504, "replica_timeout")
+    assert (silent.value.status_code, silent.value.code) == (504, "worker_timeout")
     stream = ask(gateway.client(), stream=True, extra_body=paused(60))
     next(stream)
     with pytest.raises(openai.APIError, match=r"0\.5 s \(timeouts\.idle\)"):

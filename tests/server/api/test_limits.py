@@ -145,7 +145,7 @@ def test_when_the_worker_dies_the_line_does_not_wait_for_ever(gateway, full):
         asking.join(10)
         # 502 where the replica's socket still took a connection while its process ended.
         told = (asking.error.status_code, asking.error.code)
-        assert told in ((503, "model_not_ready"), (502, "replica_failed"))
+        assert told in ((503, "model_not_ready"), (502, "worker_failed"))
     gateway.wait_for(lambda: gateway.model("m")["state"] == "ready")
     assert ask(gateway.client(), "m").choices
 

@@ -63,7 +63,7 @@ def test_no_operation_has_the_id_of_another(gateway):
 def test_no_request_that_the_document_allows_or_forbids_finds_the_gateway_otherwise(gateway, tmp_path):
     command = [
         *(str(SCHEMATHESIS), "run", f"{gateway.url}/openapi.json", "--checks", CHECKS),
-        *("--max-examples", "30", "--seed", "1", "--phases", "examples,fuzzing", "--replicas", "1"),
+        *("--max-examples", "30", "--seed", "1", "--phases", "examples,fuzzing", "--workers", "1"),
         *("-H", "Authorization: Bearer chief", "--suppress-health-check", "all"),
         *("--exclude-path", "/metrics"),
     ]

@@ -164,7 +164,7 @@ def test_a_worker_that_does_not_listen_is_503(start):
 def test_a_worker_that_hangs_up_before_its_answer_is_502(start):
     gateway = start()
     response = gateway.chat(fake={"hang_up": "before"})
-    assert (response.status_code, gateway.error(response)["code"]) == (502, "replica_failed")
+    assert (response.status_code, gateway.error(response)["code"]) == (502, "worker_failed")
 
 
 def test_a_worker_that_hangs_up_within_a_stream_ends_it_with_an_error_event(start):
@@ -181,7 +181,7 @@ def test_a_worker_that_hangs_up_within_a_stream_ends_it_with_an_error_event(star
 def test_a_worker_that_falls_silent_is_504(start):
     gateway = start(timeouts={"idle": 0.1})
     response = gateway.chat(fake={"delay": 5})
-    assert (response.status_code, gateway.error(response)["code"]) == (504, "replica_timeout")
+    assert (response.status_code, gateway.error(response)["code"]) == (504, "worker_timeout")
     assert "0.1 s (timeouts.idle)" in gateway.error(response)["message"]
 
 

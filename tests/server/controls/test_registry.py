@@ -71,10 +71,11 @@ def test_a_routing_reaches_the_plugin_and_is_said(two_models):
 
 def test_a_routing_that_the_models_runner_lacks_is_refused(start, pack):
     gateway = start(controls={"one": str(pack)}, models={"m": {"model": ".", "runner": "v2"}})
-    response = gateway.chat(control={"name": "one", "routing": "path"})
+    response = gateway.chat(control={"name": "one", "routing": "pieces"})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "control")
-    assert "V2 model runner has only 'pm-mined'" in response.json()["error"]["message"]
-    assert gateway.chat(control={"name": "one", "routing": "pm-mined"}).status_code == 200
+    assert "V2 model runner has only the routings" in response.json()["error"]["message"]
+    for routing in ("pm-mined", "path"):
+        assert gateway.chat(control={"name": "one", "routing": routing}).status_code == 200
 
 
 @pytest.mark.parametrize("wanted", [{}, {"control": "one"}])
@@ -113,10 +114,14 @@ def test_true_means_the_only_control_where_there_is_no_default(start, pack):
         ({"name": None}, "control.name", "valid string"),
         ({"name": "two"}, "control", "no control 'two'"),
         ({"name": "one", "top_k": 0}, "control.top_k", "greater than or equal to 1, got 0"),
+        ({"name": "one", "min_p": 0}, "control.min_p", "greater than 0, got 0"),
+        ({"name": "one", "min_p": 1.5}, "control.min_p", "less than or equal to 1, got 1.5"),
+        ({"name": "one", "until": 0}, "control.until", "greater than or equal to 1, got 0"),
+        ({"name": "one", "until": 2.5}, "control.until", "valid integer, got 2.5"),
         (
             {"name": "one", "topk": 5},
             "control.topk",
-            "unknown key; a control has: name, strength, top_k, routing",
+            "unknown key; a control has: name, strength, top_k, min_p, until, routing",
         ),
         (
             {"name": "one", "routing": "straight"},

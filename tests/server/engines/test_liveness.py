@@ -119,7 +119,7 @@ def test_what_a_worker_that_hangs_had_under_way_ends_with_an_error_that_says_so(
             list(stream)
         waiting.join(10)
     (failure,) = failures
-    assert (failure.status_code, failure.code) == (502, "replica_failed")
+    assert (failure.status_code, failure.code) == (502, "worker_failed")
     assert "hung and is started again: " in failure.message
 
 
