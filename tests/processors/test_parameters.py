@@ -19,11 +19,13 @@ def test_a_request_that_says_nothing_to_trimtab_has_no_control():
 
 def test_parameters_come_back_from_what_the_gateway_writes():
     """Flat keys and plain types; what is absent is not written."""
-    full = Parameters(control="manners", strength=0.5, prompt=(1, 2), routing="path")
+    full = Parameters(control="manners", strength=0.5, prompt=(1, 2), min_p=0.25, until=8, routing="path")
     assert to_xargs([full]) == {
         "trimtab_control": "manners",
         "trimtab_strength": 0.5,
         "trimtab_prompt": [1, 2],
+        "trimtab_min_p": 0.25,
+        "trimtab_until": 8,
         "trimtab_routing": "path",
     }
     for parameters in (full, Parameters(control="manners"), Parameters(control="manners", prompt=())):
@@ -35,9 +37,19 @@ def test_parameters_come_back_from_what_the_gateway_writes():
 def test_several_controls_travel_as_lists(strengths, routings):
     """With a prompt of its own, an empty one, and none."""
     several = tuple(
-        Parameters(control=name, strength=strength, prompt=prompt, top_k=top_k, routing=routing)
-        for name, strength, prompt, top_k, routing in zip(
-            ["a", "b", "c"], strengths, [(1, 2), None, ()], [None, 5, None], routings, strict=True
+        Parameters(
+            control=name,
+            strength=strength,
+            prompt=prompt,
+            top_k=top_k,
+            min_p=min_p,
+            until=until,
+            routing=routing,
+        )
+        for name, strength, prompt, top_k, min_p, until, routing in zip(
+            *(["a", "b", "c"], strengths, [(1, 2), None, ()]),
+            *([None, 5, None], [0.5, None, 1.0], [None, None, 9], routings),
+            strict=True,
         )
     )
     xargs = to_xargs(several)
@@ -84,6 +96,10 @@ def test_lists_that_do_not_fit_together_are_refused(more, said):
         ({"trimtab_control": "x", "trimtab_strength": "strong"}, "trimtab_strength"),
         ({"trimtab_control": "x", "trimtab_routing": "path-1x2"}, "trimtab_routing"),
         ({"trimtab_control": "x", "trimtab_routing": 1}, "trimtab_routing"),
+        ({"trimtab_control": "x", "trimtab_min_p": 1.5}, "trimtab_min_p"),
+        ({"trimtab_control": "x", "trimtab_min_p": float("nan")}, "trimtab_min_p"),
+        ({"trimtab_control": "x", "trimtab_until": -1}, "trimtab_until"),
+        ({"trimtab_control": "x", "trimtab_until": 1.5}, "trimtab_until"),
         ({"trimtab_control": "x", "trimtab_prompt": [-1]}, "trimtab_prompt"),
         ({"trimtab_control": "x", "trimtab_prompt": [1.5]}, "trimtab_prompt"),
         ({"trimtab_control": "x", "trimtab_prompt": "text"}, "trimtab_prompt"),

@@ -23,8 +23,11 @@ def applied(gateway, model, header=None, **body):
     said = response.headers[HEADER]
     assert said == ",".join(
         f"{each.control}={each.strength}"
-        + (f";top_k={each.top_k}" if each.top_k else "")
-        + (f";routing={each.routing}" if each.routing else "")
+        + "".join(
+            f";{option}={value}"
+            for option in ("top_k", "min_p", "until", "routing")
+            if (value := getattr(each, option)) is not None
+        )
         for each in told
     ) or (said, told) == ("off", ())
     assert gateway.last(base)["model"] == base
@@ -40,6 +43,8 @@ def applied(gateway, model, header=None, **body):
         ("one=1e-1", "one=0.1"),
         ("one;top_k=5", "one=0.5;top_k=5"),
         ("one;routing=path", "one=0.5;routing=path"),
+        ("one;until=20;min_p=1e-1", "one=0.5;min_p=0.1;until=20"),
+        ("one;min_p=1,two;until=3", "one=0.5;min_p=1.0,two=0.5;until=3"),
         ("one=1;routing=pm-mined;top_k=5,two", "one=1.0;top_k=5;routing=pm-mined,two=0.5"),
         ("one=1; routing=path", "one=1.0;routing=path"),
         (" one = 1", None),
@@ -106,6 +111,10 @@ def test_the_body_goes_before_the_header_that_before_the_alias_and_that_before_t
         ("one;top_k=x", "'x' is not an integer"),
         ("one;routing=best", "should be 'pm-mined', 'path' or 'pieces', got 'best'"),
         ("one;routing=path-4x4", "should be 'pm-mined', 'path' or 'pieces', got 'path-4x4'"),
+        ("one;min_p=.1", "'.1' is not a number"),
+        ("one;min_p=2", "less than or equal to 1"),
+        ("one;until=0", "greater than or equal to 1"),
+        ("one;until=1.5", "'1.5' is not an integer"),
         ("one;top_k=1;top_k=2", "an option stands twice"),
         ("one;strength=2", "'one;strength=2' is not a name"),
         ("one,,two", "'' is not a name"),
