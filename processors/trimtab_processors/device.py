@@ -53,8 +53,11 @@ MAX_AHEAD = 1024
 """Slots for what is looked ahead at, which no context keeps."""
 _NEVER = 2**62
 _PATH = V2_ROUTINGS.index(PATH)
-_SCRATCH = 0
-"""The block, and the slot, into which padding writes its keys and values."""
+_PADDING, _SCRATCH = 0, 1
+"""Blocks of no context: the one pads block tables and stays 0; into the other go the keys and values of
+padding tokens, which may be NaN, so that no table has it.
+"""
+_RESERVED = 2
 
 
 @dataclass(frozen=True)
@@ -115,10 +118,10 @@ class Blocks:
     """Which blocks of a pool hold the keys and values of each slot."""
 
     def __init__(self, slots: int, blocks: int, width: int) -> None:
-        """Share `blocks` blocks, and one for padding, among `slots` contexts of at most `width` blocks."""
-        self.pool = BlockPool(blocks + 1)
-        self.pool.take(_SCRATCH + 1)
-        self.table = np.full((slots, width), _SCRATCH, dtype=np.int64)
+        """Share `blocks` blocks, beside those for padding, among `slots` contexts of up to `width` blocks."""
+        self.pool = BlockPool(blocks + _RESERVED)
+        self.pool.take(_RESERVED)
+        self.table = np.full((slots, width), _PADDING, dtype=np.int64)
         self._held = np.zeros(slots, dtype=np.int64)
         self._owners: dict[int, None] = {}
         """The slots that hold blocks, the one that has not run for longest first."""
@@ -130,7 +133,7 @@ class Blocks:
     def release(self, slot: int) -> None:
         """Take the slot's blocks; what was computed of it is lost."""
         self.pool.give(self.table[slot, : self._held[slot]].tolist())
-        self.table[slot], self._held[slot], self.empty[slot] = _SCRATCH, 0, True
+        self.table[slot], self._held[slot], self.empty[slot] = _PADDING, 0, True
         self._owners.pop(slot, None)
 
     def held_by(self, slots: NDArray[np.int64]) -> int:
@@ -205,10 +208,10 @@ class DeviceControl:
         self.blocks = Blocks(slots, blocks, blocks_for(window))
         ahead = min(slots * (1 + most_drafts) * self._path.longest, MAX_AHEAD)
         ahead = blocks_for(max(ahead, (1 + most_drafts) * self._path.longest))
-        self._caches = [part.model.key_values(blocks + _SCRATCH + 1 + ahead) for part in control.parts]
+        self._caches = [part.model.key_values(blocks + _RESERVED + ahead) for part in control.parts]
         self._ahead_slots = torch.arange(ahead * BLOCK_SIZE, device=target.device)
         """The slots behind the pool's, for keys and values of what is looked ahead at."""
-        self._ahead_slots += (blocks + _SCRATCH + 1) * BLOCK_SIZE
+        self._ahead_slots += (blocks + _RESERVED) * BLOCK_SIZE
         self._computed = torch.zeros(slots, dtype=torch.int64, device=target.device)
         """Keys and values of so many tokens stand in the blocks, where those are not `empty`."""
         self._pending = np.zeros(slots, dtype=np.int64)
@@ -221,6 +224,10 @@ class DeviceControl:
         """The place of each slot's routing in `V2_ROUTINGS`, on the host and on the device."""
         self._ends = torch.full_like(self._computed, _NEVER)
         """The length of the history at which the control lets go."""
+        self._over = torch.zeros(slots, dtype=torch.bool, device=target.device)
+        self._late_over = Late(self._over)
+        self._until, self._age = np.zeros(slots, dtype=np.bool_), np.zeros(slots, dtype=np.int64)
+        """Which slots have such an end, and the steps since each was opened."""
         self.members = np.zeros(slots, dtype=np.bool_)
         """Which slots are under this control."""
         self._joining: dict[int, Join] = {}
@@ -232,7 +239,7 @@ class DeviceControl:
     @property
     def capacity(self) -> int:
         """The blocks that contexts may have."""
-        return self.blocks.pool.blocks - _SCRATCH - 1
+        return self.blocks.pool.blocks - _RESERVED
 
     def open(self, slot: int, parameters: Parameters, prompt: int, end: int) -> None:
         """Take up a request in `slot`, which was closed before.
@@ -254,6 +261,7 @@ class DeviceControl:
         routing = V2_ROUTINGS.index(parameters.routing or self.control.default_routing)
         self._routing[slot] = self._routing_ids[slot] = routing
         self._ends[slot] = _NEVER if parameters.until is None else prompt + parameters.until
+        self._until[slot], self._age[slot] = parameters.until is not None, 0
         self.members[slot] = True
         metrics.REQUESTS.labels(*self._labels).inc(end == prompt)
 
@@ -261,6 +269,7 @@ class DeviceControl:
         """Give back what the slot holds."""
         self._joining.pop(slot, None)
         self.members[slot] = False
+        self._until[slot] = False
         self._top_k[slot] = self._min_p[slot] = 0
         self._recent = [slots[slots != slot] for slots in self._recent]
         self.blocks.release(slot)
@@ -269,6 +278,7 @@ class DeviceControl:
         """Take in who joined, and compute the rows that the next step will most likely want."""
         self.contexts.refresh()
         self._count()
+        self._let_go()
         if self._joining:
             cut = self.contexts.join([*self._joining.values()])
             metrics.TRUNCATIONS.labels(*self._labels).inc(len(cut))
@@ -276,6 +286,16 @@ class DeviceControl:
         self._joining.clear()
         self._recent.clear()
         self._ahead = self.rows(slots) if slots.size else None
+
+    def _let_go(self) -> None:
+        """Close the slots whose control has let go, some steps late: until then their rows are masked."""
+        if not self._until.any():
+            return
+        self._age += 1
+        torch.ge(self._history.length, self._ends, out=self._over)
+        over = self._late_over.exchange() & self._until & (self._age > LAG + 1)
+        for slot in np.flatnonzero(over).tolist():
+            self.close(slot)
 
     def _count(self) -> None:
         counts = np.maximum(self._late_counts.exchange(), self._counted)
@@ -578,7 +598,7 @@ class _FlatBatch:
         index = torch.arange(self.size, self.size + real.numel(), device=self._device).view_as(real)
         self._groups.append(Group(index, positions, slots))
         self._tokens.append(torch.where(real, tokens, 0).flatten().long())
-        self._writes.append(torch.where(real, slots.gather(1, positions), _SCRATCH).flatten())
+        self._writes.append(torch.where(real, slots.gather(1, positions), _SCRATCH * BLOCK_SIZE).flatten())
         self._wanted.append(index.gather(1, wanted).flatten())
         self.size += real.numel()
 
@@ -718,7 +738,9 @@ class DeviceRuntime:
 
     def _shift(self, logits: Tensor, batch: Batch, active: Sequence[DeviceControl]) -> None:
         drafts = self._drafts(batch)
-        several = len(active) > 1 and any(control.needs_own(batch.slots) for control in active)
+        controls = np.sum([control.members[batch.slots] for control in active], axis=0)
+        # of a row that several controls shift, each sees the target's own logits
+        several = controls.max() > 1 and any(control.needs_own(batch.slots) for control in active)
         own = logits.clone() if several else logits
         with self._measuring(logits, batch, active):
             for control in active:

@@ -218,7 +218,7 @@ class Runtime:
             controls: names and where their packs are.
             tables: the directory of mapping tables.
             cache_bytes: the size of each control's pool of keys and values, in bytes.
-            neutral: how unmapped tokens are shifted, see `PmMined`.
+            neutral: how unmapped tokens are shifted, see `Pair`.
             routing: the name of the one for requests that do not say; None: as each pack says.
             kl_every: on one step of so many it is measured how far control moves the target; 0: on none.
         """

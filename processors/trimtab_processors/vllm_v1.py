@@ -1,6 +1,6 @@
 """The plugin for vLLM's V1 model runner: a thin adapter in front of the runtime.
 
-Start any vLLM server with `--logits-processors trimtab_processors.vllm_v1:ControlProcessor` and
+Start any vLLM server with `--logits-processors trimtab_processors:ControlProcessor` and
 `--additional-config '{"trimtab": {"controls": {"NAME": "PACK"}}}'`; a request then says `trimtab_control` in
 its `vllm_xargs`.
 """

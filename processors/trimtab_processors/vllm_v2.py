@@ -1,6 +1,6 @@
 """The plugin for vLLM's V2 model runner: a thin adapter in front of the device runtime.
 
-Start a vLLM server on a GPU with `--logits-processors trimtab_processors.vllm_v2:ControlProcessor` and
+Start a vLLM server on a GPU with `--logits-processors trimtab_processors:ControlProcessor` and
 `--additional-config '{"trimtab": {"controls": {"NAME": "PACK"}}}'`; a request then says `trimtab_control` in
 its `vllm_xargs`. Asynchronous scheduling and speculative decoding stay on.
 """

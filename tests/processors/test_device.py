@@ -192,9 +192,10 @@ def test_the_check_for_host_reads_finds_them(read):
 def test_a_step_reads_nothing_from_the_device(family, tmp_path, drafts):
     """Nor does a request that joins with a prompt of the control's own."""
     engine = Engine(family.b, {"control": family.control, "other": family.a}, tmp_path, most_drafts=drafts)
-    engine.add(0, [5], Parameters(control="control"))
+    engine.add(0, [5], Parameters(control="control", top_k=9, min_p=0.01, until=90, routing="pm-mined"))
     engine.add(1, [6, 7], None)
     engine.add(2, [6, 7], Parameters(control="other", prompt=(8,)))
+    engine.runtime.open(2, [Parameters(control=name, prompt=(8,)) for name in ("other", "control")], 2, 2)
     engine.step()
     with no_waiting():
         engine.add(3, [9], Parameters(control="other", prompt=(3, 4)))
@@ -228,6 +229,57 @@ def test_what_was_computed_beside_the_target_is_not_computed_again(family, tmp_p
             assert counted.call_count == passes * forwards
             for slot in slots:
                 engine.write(slot, [300])
+
+
+def test_a_control_that_has_let_go_costs_nothing_more(family, tmp_path):
+    """Its blocks go back some steps later; the slot's next request has all of it again."""
+    engine = Engine(family.b, {"control": family.control}, tmp_path)
+    engine.add(0, [5, 6], Parameters(control="control", until=2))
+    held = []
+    for _ in range(8):
+        engine.step()
+        engine.write(0, [300])
+        held.append(engine.control().blocks.held_by(np.array([0])))
+    assert held[0] > 0 == held[-1]
+    engine.add(0, [5, 6], Parameters(control="control", until=6))
+    assert [bool(engine.step()[0].any()) for _ in range(6) if not engine.write(0, [301])] == [True] * 5 + [
+        False
+    ]
+
+
+def test_the_row_of_a_prompt_that_is_half_read_is_not_counted(family, tmp_path):
+    """The engine does not sample from it."""
+    engine = Engine(family.b, {"control": family.control}, tmp_path)
+    engine.add(0, [5, 6, 7, 8], STEERED)
+    counter = metrics.TOKENS.labels("target", "control")._value
+    before, rows = counter.get(), torch.zeros(1, dtype=torch.int32)
+    for length in (2, 3, 4):
+        batch = Batch(np.array([0]), rows, rows, rows, torch.tensor([length]))
+        engine.runtime.begin()
+        engine.runtime.apply(torch.zeros(1, engine.width), batch)
+    for _ in range(3):  # counts come late
+        engine.runtime.begin()
+    assert counter.get() == before + 1
+
+
+def test_two_controls_of_one_request_see_the_targets_own_logits(family, tmp_path):
+    """Whichever shifts first."""
+    controls = {"control": family.control, "other": family.a}
+    engine = Engine(family.b, controls, tmp_path)
+    own = torch.randn(1, engine.width)
+
+    def shift(*names):
+        wanted = [Parameters(control=name, prompt=(7, 8)) for name in names]
+        engine.add(0, [5], None)
+        engine.runtime.open(0, wanted, 1, 1)
+        logits = own.clone()
+        engine.runtime.begin()
+        engine.runtime.apply(logits, engine.batch([0]))
+        return logits - own
+
+    both, swapped = shift("control", "other"), shift("other", "control")
+    close(both, shift("control") + shift("other"))
+    close(both, swapped)
 
 
 def test_what_is_not_finite_in_what_is_looked_ahead_at_reaches_no_other_request(deep, tmp_path):
@@ -312,14 +364,14 @@ def test_a_full_pool_costs_time_and_nothing_else(pair, tmp_path):
     blocks = engine.control().blocks
     for _ in range(25):
         shifts = engine.step(slots := rng.sample(range(4), rng.randint(1, 4)))
-        assert blocks.pool.used <= 1 + CONTEXT // device.BLOCK_SIZE
+        assert blocks.pool.used <= 2 + CONTEXT // device.BLOCK_SIZE
         for slot in slots:
             output = engine.texts[slot][1:]
             close(shifts[slot], slow.shift(slow.context([5], prompts[slot], output)))
             engine.write(slot, tokens_of(rng, engine, 1))
     for slot in range(4):
         engine.runtime.open(slot, (), 1, 1)
-    assert blocks.pool.used == 1
+    assert blocks.pool.used == 2  # those of padding
     assert blocks.table.max() == 0
 
 
@@ -501,6 +553,20 @@ def test_what_is_not_finite_in_one_slots_blocks_reaches_no_later_owner(family, t
         engine.add(1, [5], Parameters(control="control", prompt=(9,) * length))
         assert engine.step([1])[1].any()
         engine.add(1, [5], None)
+
+
+@pytest.mark.parametrize("routing", ["pm-mined", "path"])
+def test_what_is_not_finite_in_one_context_reaches_no_other_in_the_same_step(family, tmp_path, routing):
+    """Contexts of unlike length are padded to the longest of their group."""
+    engine = Engine(family.b, {"control": family.control}, tmp_path, routing=routing)
+    engine.control().control.parts[0].model._model.get_input_embeddings().weight[7] = torch.nan
+    engine.add(0, [5], Parameters(control="control", prompt=(7,) * 44))
+    engine.add(1, [5], Parameters(control="control", prompt=(9,) * 28))
+    for step in range(14):
+        shifts = engine.step()
+        assert (bool(shifts[0].any()), bool(shifts[1].any())) == (False, True)
+        for slot in (0, 1):
+            engine.write(slot, [300 + step])
 
 
 def test_a_shift_that_is_not_finite_leaves_its_row_alone_and_is_counted(family, tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
-"""The routings by name. A new one is a module with a `make`, a line here, and its name in `protocol`."""
+"""The routings by name.
+
+A new one is a module with a `make`, a line here, and its name in `pack` and `parameters`.
+"""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ def load_control(name: str, place: str, models: Sequence[str]) -> Control:
 
 
 def refuse_own_xargs(body: Mapping[str, Any]) -> None:
-    """Keep `trimtab_` keys to the gateway: a client that wrote them would pass by what `choose` holds it to.
+    """Keep `trimtab_` keys to the gateway: a client that wrote them would pass by what `resolve` holds it to.
 
     Raises:
         BadRequestError: the body's `vllm_xargs` has such a key.

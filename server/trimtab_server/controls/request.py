@@ -38,10 +38,7 @@ _NUMBERS: Mapping[str, tuple[re.Pattern[str], Callable[[str], float]]] = {
 _GRAMMAR = (
     f"a name: it takes NAME[=STRENGTH][;OPTION=VALUE], several with commas; options: {', '.join(_OPTIONS)}"
 )
-_FORMS = (
-    "true, false, a name, an object with name, strength, top_k, min_p, until and routing, or a list of names"
-    " and objects"
-)
+_FORMS = f"true, false, a name, an object with name, strength, {', '.join(_OPTIONS)}, or a list of names and objects"
 
 
 class Selection(ControlOptions):
