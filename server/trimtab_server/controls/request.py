@@ -38,7 +38,10 @@ _NUMBERS: Mapping[str, tuple[re.Pattern[str], Callable[[str], float]]] = {
 _GRAMMAR = (
     f"a name: it takes NAME[=STRENGTH][;OPTION=VALUE], several with commas; options: {', '.join(_OPTIONS)}"
 )
-_FORMS = f"true, false, a name, an object with name, strength, {', '.join(_OPTIONS)}, or a list of names and objects"
+_FORMS = (
+    f"true, false, a name, an object with name, strength, {', '.join(_OPTIONS)},"
+    " or a list of names and objects"
+)
 
 
 class Selection(ControlOptions):
