@@ -77,9 +77,7 @@ class Batch:
 
 
 class Rows(NamedTuple):
-    """What a control computed for some slots: n of them, with one row after what they have and one after each
-    of their drafts.
-    """
+    """A control's logits for n slots: one row after each slot's context, and one after each of its drafts."""
 
     slots: NDArray[np.int64]
     """[n]."""
@@ -96,7 +94,7 @@ class Rows(NamedTuple):
 
     @staticmethod
     def joined(waves: Sequence[Rows]) -> Rows:
-        """Return the rows of all `waves`; either all of them look ahead, or none does."""
+        """Return the rows of all `waves` in one. Either all waves look ahead, or none."""
         if len(waves) == 1:
             return waves[0]
         slots, places, known, logits, lookaheads, aheads = zip(*waves, strict=True)
@@ -227,7 +225,7 @@ class DeviceControl:
         self._over = torch.zeros(slots, dtype=torch.bool, device=target.device)
         self._late_over = Late(self._over)
         self._until, self._age = np.zeros(slots, dtype=np.bool_), np.zeros(slots, dtype=np.int64)
-        """Which slots have such an end, and the steps since each was opened."""
+        """Whether each slot has such an end, and the number of steps since it was opened."""
         self.members = np.zeros(slots, dtype=np.bool_)
         """Which slots are under this control."""
         self._joining: dict[int, Join] = {}
@@ -451,7 +449,7 @@ class DeviceControl:
     def _groups(
         self, wave: list[int], extra: int, rows: int = 1, ahead: int = 0
     ) -> Iterator[tuple[list[int], int, int]]:
-        """Which slots of `wave` are attended together, for how many new tokens and over how many blocks.
+        """Split `wave` into slots that are attended together, with upper bounds on new tokens and blocks.
 
         With several `rows`, each slot is attended that often; with `ahead` tokens to look ahead at in each,
         a group has room among the slots for those.
@@ -519,7 +517,7 @@ class DeviceControl:
     def _shift(
         self, rows: Rows, pick: Tensor, own: Tensor, batch: Batch, index: Tensor, *, slots: NDArray[np.int64]
     ) -> Tensor:
-        """The shift of n rows: 0 where there is no context, or it is not finite, or the control has let go.
+        """Return the shift of n rows: 0 if there is no context, it is not finite, or the control has let go.
 
         Args:
             rows: what was computed.
@@ -533,7 +531,12 @@ class DeviceControl:
             float32 [n, width].
         """
         places, offset, length = rows.places[pick], batch.row_offsets[index].long(), batch.row_lengths[index]
-        shift, finite = self._routed(rows, pick, offset, own=own, index=index, slots=slots)
+        first, *others = np.unique(self._routing[slots]).tolist()
+        shift, finite = self._routed(first, rows, pick=pick, offset=offset, own=own, index=index)
+        for number in others:
+            has_it = self._routing_ids[places] == number
+            values, ok = self._routed(number, rows, pick=pick, offset=offset, own=own, index=index)
+            shift, finite = torch.where(has_it[:, None], values, shift), torch.where(has_it, ok, finite)
         if self.guards(slots):
             largest = int(self._top_k[slots].max())
             guards = self._top_ks[places], self._min_ps[places], largest
@@ -545,31 +548,13 @@ class DeviceControl:
         return torch.where((known & finite)[:, None], shift, 0.0)
 
     def _routed(
-        self,
-        rows: Rows,
-        pick: Tensor,
-        offset: Tensor,
-        *,
-        own: Tensor,
-        index: Tensor,
-        slots: NDArray[np.int64],
+        self, number: int, rows: Rows, *, pick: Tensor, offset: Tensor, own: Tensor, index: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The shift of each row by its own routing, and which rows of it are finite; see `_shift`."""
-        places, logits = rows.places[pick], rows.logits[pick, offset]
-        looked, strengths = rows.looked_ahead(pick, offset), self._strengths[places]
-        shift = finite = None
-        for number in np.unique(self._routing[slots]).tolist():
-            routed = self._routings[number].shift(logits, strengths, *looked)
-            values = routed.resolve(own, index)
-            if shift is None or finite is None:
-                shift, finite = values, routed.finite
-            else:
-                has_it = self._routing_ids[places] == number
-                shift = torch.where(has_it[:, None], values, shift)
-                finite = torch.where(has_it, routed.finite, finite)
-        assert shift is not None  # noqa: S101 - there is a slot
-        assert finite is not None  # noqa: S101
-        return shift, finite
+        """Return the shift of n rows by one of `V2_ROUTINGS`, and which of them are finite; see `_shift`."""
+        strengths = self._strengths[rows.places[pick]]
+        looked_ahead = rows.looked_ahead(pick, offset)
+        shift = self._routings[number].shift(rows.logits[pick, offset], strengths, *looked_ahead)
+        return shift.resolve(own, index), shift.finite
 
 
 class _FlatBatch:

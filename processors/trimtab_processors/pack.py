@@ -37,7 +37,7 @@ def _not_reserved(name: str) -> str:
 ControlName = Annotated[str, Field(pattern=NAME_PATTERN), AfterValidator(_not_reserved)]
 Strength = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)]
 RoutingName = Literal["pm-mined", "path", "pieces"]
-"""How shifts reach the target's tokens."""
+"""The name of a routing: the way in which shifts reach the target's tokens."""
 
 
 class PackError(ValueError):

@@ -85,7 +85,7 @@ _OPTIONAL: Mapping[str, Any] = {
     "until": _NO_UNTIL,
     "routing": _NO_ROUTING,
 }
-"""The options that one of several controls may lack, and what stands for that in a list."""
+"""Options that one of several controls may lack, and the value in a list that stands for none."""
 
 
 class _Xargs(BaseModel):

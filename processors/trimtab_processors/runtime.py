@@ -293,10 +293,10 @@ class Runtime:
         """Compute what `apply` will add for `requests`, each model once for all of them."""
         by_control: defaultdict[Control, list[Request]] = defaultdict(list)
         for request in requests:
-            if request.is_over:
-                self.close(request)
-            else:
+            if not request.is_over:
                 by_control[request.control].append(request)
+            elif any(sequence.blocks for sequence in request.sequences):
+                self.close(request)
         self._steering = []
         for control, members in by_control.items():
             started = time.perf_counter()

@@ -96,6 +96,23 @@ def test_requests_that_join_and_leave_get_the_tokens_of_the_reference(family, tm
         ]
 
 
+def test_a_control_that_has_let_go_shifts_nothing_and_gives_its_blocks_back_once(family, tmp_path):
+    """`until` counts what was generated, before a preemption too."""
+    runtime, output = make_runtime(family, "b", tmp_path), [300]
+    request = runtime.open(Parameters(control="control", until=3), [5, 6], output)
+    shifted = []
+    with patch.object(runtime, "close", wraps=runtime.close) as closed:
+        for _ in range(5):
+            logits = torch.zeros(1, runtime._target.width)
+            runtime.step([request])
+            runtime.apply(logits, {0: [request]})
+            shifted.append(bool(logits.any()))
+            output.append(301)
+    assert shifted == [True, True, False, False, False]
+    assert closed.call_count == 1
+    assert not any(sequence.blocks for sequence in request.sequences)
+
+
 def row_of(runtime, prompt, output):
     request = runtime.open(Parameters(control="control"), prompt, output)
     runtime.step([request])

@@ -1,4 +1,4 @@
-"""What a routing is, and what a step asks of one.
+"""The interface of a routing, and what a step asks of it.
 
 The runtime computes a control's logits after each context, asks the routing for its lookahead, computes the
 logits after that, and hands both back. Everything works on whole batches: `rows` are float32 [requests,
@@ -34,7 +34,7 @@ class Pair:
     neutral: bool = True
     """Unmapped tokens get the mean shift; false: 0, as in the reference implementation."""
     device: torch.device | None = None
-    """Where rows and logits live."""
+    """The device of rows and logits."""
     waits: bool = True
     """Whether a step may wait for the device to learn a size. Without, tensors have the maximum size."""
 
@@ -56,7 +56,7 @@ class Lookahead(NamedTuple):
 
 
 class Shift(Protocol):
-    """What a step adds to the logits of some requests."""
+    """The shift that a step adds to the logits of some requests."""
 
     finite: Tensor
     """bool [requests]: false if a value of the shift is not finite; the whole shift is 0 then."""

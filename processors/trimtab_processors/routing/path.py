@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class NodeShifts(NamedTuple):
-    """What the target tokens that pass one node of each request get there.
+    """The shifts of the target tokens that pass the node of each request.
 
     A request's tokens are padded with its last one, which has the same values.
     """
